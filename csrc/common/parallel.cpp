@@ -1,0 +1,132 @@
+// Instruction-set choice, thread team, barrier and scratch memory (parallel.h).
+#include "parallel.h"
+
+#include <sched.h>
+#include <torch/csrc/stable/c/shim.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace pyops::cpu {
+namespace {
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");
+#endif
+}
+
+// Spins until *word differs from `old`. A barrier among running threads opens within a microsecond; past the bound
+// (about 20 us) a member has probably lost its core, and the core is given up.
+void spin_while(const int32_t* word, int32_t old) {
+  for (int spins = 0; __atomic_load_n(word, __ATOMIC_ACQUIRE) == old; ++spins) {
+    if (spins < 2000) relax();
+    else sched_yield();
+  }
+}
+
+bool supported(const char* isa) {
+  if (!std::strcmp(isa, "baseline")) return true;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (!std::strcmp(isa, "avx2")) return avx2;
+  // F and BW but no BF16 (Skylake to Ice Lake) runs the avx2 level: a fourth build for them is not worth its compile time.
+  if (!std::strcmp(isa, "avx512"))
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
+#endif
+  return false;
+}
+
+const char* choose_isa() {
+  if (const char* wanted = std::getenv("PYOPS_CPU_ISA"); wanted && *wanted) {
+    for (const char* isa : {"avx512", "avx2", "baseline"})
+      if (!std::strcmp(wanted, isa) && supported(isa)) return isa;
+    throw std::runtime_error(std::string("PYOPS_CPU_ISA=") + wanted + ": this machine supports" +
+                             (supported("avx512") ? " avx512" : "") + (supported("avx2") ? " avx2" : "") + " baseline");
+  }
+  return supported("avx512") ? "avx512" : supported("avx2") ? "avx2" : "baseline";
+}
+
+struct Region {
+  int threads;
+  void (*body)(const Team&, void*);
+  void* context;
+  alignas(64) int32_t chunk = 0;  // items per worker, published by the worker that got item 0
+  Barrier all = {};
+};
+
+// torch gives each worker one contiguous range of the `threads` items. The first worker's range is never the short one,
+// so its length is the chunk, and chunk and range start give every worker its rank.
+void worker(int64_t begin, int64_t end, void* context) {
+  Region& region = *static_cast<Region*>(context);
+  if (begin == 0) __atomic_store_n(&region.chunk, static_cast<int32_t>(end), __ATOMIC_RELEASE);
+  else spin_while(&region.chunk, 0);
+  const int chunk = __atomic_load_n(&region.chunk, __ATOMIC_ACQUIRE);
+  const Team team{static_cast<int>(begin / chunk), (region.threads + chunk - 1) / chunk, &region.all};
+  region.body(team, region.context);
+}
+
+struct Block {
+  void* data = nullptr;
+  size_t bytes = 0;
+  ~Block() { std::free(data); }
+};
+
+}  // namespace
+
+const char* cpu_isa() {
+  static const char* const isa = choose_isa();
+  return isa;
+}
+
+int max_threads() {
+  uint32_t threads = 1;
+  return torch_get_num_threads(&threads) == 0 && threads > 1 ? static_cast<int>(threads) : 1;
+}
+
+void wait(Barrier& barrier, int size) {
+  if (size <= 1) return;
+  const int32_t generation = __atomic_load_n(&barrier.generation, __ATOMIC_ACQUIRE);
+  if (__atomic_add_fetch(&barrier.arrived, 1, __ATOMIC_ACQ_REL) == size) {
+    __atomic_store_n(&barrier.arrived, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&barrier.generation, generation + 1, __ATOMIC_RELEASE);
+  } else {
+    spin_while(&barrier.generation, generation);
+  }
+}
+
+void run_team(int threads, void (*body)(const Team&, void*), void* context) {
+  Region region{threads, body, context};
+  if (threads <= 1) return worker(0, 1, &region);
+  if (torch_parallel_for(0, threads, 1, worker, &region) != 0) throw std::runtime_error("torch_parallel_for failed");
+}
+
+void* scratch(size_t bytes) {
+  constexpr size_t kKept = size_t{256} << 20, kHuge = size_t{2} << 20;
+  thread_local Block block;
+  // Grow when too small; let a block beyond the cap go as soon as a call fits below it.
+  if (bytes > block.bytes || (block.bytes > kKept && bytes <= kKept)) {
+    std::free(block.data);
+    block.data = nullptr, block.bytes = 0;
+    const size_t rounded = bytes < kHuge ? (bytes + 4095) / 4096 * 4096 : (bytes + kHuge - 1) / kHuge * kHuge;
+    if (posix_memalign(&block.data, bytes < kHuge ? 64 : kHuge, rounded) != 0) throw std::bad_alloc();
+#if defined(__linux__)
+    if (rounded >= kHuge) madvise(block.data, rounded, MADV_HUGEPAGE);  // 512 times fewer faults, fewer TLB misses
+#endif
+    block.bytes = rounded;
+  }
+  return block.data;
+}
+
+}  // namespace pyops::cpu

@@ -1,0 +1,53 @@
+// Threads and scratch memory of the CPU kernels. Everything here is compiled once, for the baseline instruction set;
+// kernels only call it.
+//
+// Threads are torch's own pool (never a second OpenMP runtime). A `Team` is a persistent region: every member runs the
+// same function once and they meet at barriers, so that a layer of T steps wakes the pool once, not T times.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace pyops::cpu {
+
+// The instruction set in use: "avx512", "avx2" or "baseline". Chosen once by CPUID; PYOPS_CPU_ISA overrides it.
+// Throws std::runtime_error when the variable names one that this machine lacks.
+const char* cpu_isa();
+
+int max_threads();  // torch.get_num_threads()
+
+// A barrier for `size` threads; spins, and yields the core after a bound. Zero-initialised, one cache line of its own.
+struct alignas(64) Barrier {
+  int32_t arrived = 0;
+  int32_t generation = 0;
+};
+void wait(Barrier& barrier, int size);
+
+struct Team {
+  int rank, size;
+  Barrier* all;
+  void sync() const {
+    if (size > 1) wait(*all, size);
+  }
+};
+
+// Runs body(team, context) on up to `threads` threads, the caller being one of them. The pool may grant fewer (nested
+// regions, thread limits): team.size says how many there are. `body` must not throw.
+void run_team(int threads, void (*body)(const Team& team, void* context), void* context);
+
+// The calling thread's scratch memory, 64-byte aligned, contents undefined, valid until its next call of `scratch`.
+// Fresh pages cost up to three times the work done on them, so the block is kept (up to 256 MiB) between calls.
+void* scratch(size_t bytes);
+
+// Lays several arrays out in one block: run once with a null base to learn the size, once more with the block.
+struct Layout {
+  char* base;
+  size_t bytes = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* at = base ? reinterpret_cast<T*>(base + bytes) : nullptr;
+    bytes += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return at;
+  }
+};
+
+}  // namespace pyops::cpu

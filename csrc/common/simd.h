@@ -1,0 +1,252 @@
+// Vectors, conversions, transposes and activations of the CPU kernels, written once with GCC/Clang vector extensions and
+// compiled per instruction set: 4, 8 or 16 floats wide. Everything has internal linkage inside a namespace of its
+// instruction set, and nothing from std:: is called: a merged AVX-512 instance would crash an older machine.
+//
+// Activations are accurate to 1-2 units in the last place in relative terms (tanh through expm1, so nothing cancels near
+// zero), saturate, propagate NaN, and take infinities to their limits.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if !defined(PYOPS_ISA)
+#define PYOPS_ISA baseline
+#endif
+
+namespace pyops::cpu::PYOPS_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+template <class T> struct Simd;
+template <> struct Simd<float> {
+  typedef float V __attribute__((vector_size(kVecBytes)));
+  typedef float U __attribute__((vector_size(kVecBytes), aligned(1), may_alias));
+  typedef int32_t I __attribute__((vector_size(kVecBytes)));
+  static constexpr int N = kVecBytes / 4;
+};
+template <> struct Simd<double> {
+  typedef double V __attribute__((vector_size(kVecBytes)));
+  typedef double U __attribute__((vector_size(kVecBytes), aligned(1), may_alias));
+  typedef int64_t I __attribute__((vector_size(kVecBytes)));
+  static constexpr int N = kVecBytes / 8;
+};
+template <class T> using Vec = typename Simd<T>::V;
+using vf = Vec<float>;
+using vi = Simd<float>::I;
+constexpr int kF = Simd<float>::N;
+
+template <class T> inline Vec<T> load(const T* p) { return *reinterpret_cast<const typename Simd<T>::U*>(p); }
+template <class T> inline void store(T* p, Vec<T> v) { *reinterpret_cast<typename Simd<T>::U*>(p) = v; }
+template <class T> inline Vec<T> splat(T x) { return x - Vec<T>{}; }
+
+// Bytes of one type read as another (a copy that the compiler makes free).
+template <class To, class From> inline To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// ------------------------------------------------------------------------------------------------- narrow types
+
+inline float widen(bf16 x) { return bits<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(f16 x) {  // shift into place, then scale by 2^112: exact for every subnormal
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16;
+  const uint32_t scaled = bits<uint32_t>(bits<float>(magnitude) * 0x1p112f);
+  return bits<float>((magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled) | sign);
+}
+
+template <class S> inline S narrow(float x);
+template <> inline float narrow<float>(float x) { return x; }
+template <> inline bf16 narrow<bf16>(float x) {  // round to nearest even
+  const uint32_t u = bits<uint32_t>(x);
+  return {static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (u + 0x7fffu + ((u >> 16) & 1)) >> 16)};
+}
+template <> inline f16 narrow<f16>(float x) {
+  const uint32_t u = bits<uint32_t>(x), magnitude = u & 0x7fffffffu;
+  // Adding a power of two whose last place is f16's last place makes the float unit round to nearest even.
+  const float a = bits<float>(magnitude);
+  const uint32_t exponent = magnitude & 0x7f800000u;
+  const float anchor = bits<float>((exponent < 0x38800000u ? 0x38800000u : exponent) + (13u << 23));
+  const uint32_t fraction = bits<uint32_t>(a + anchor) - bits<uint32_t>(anchor);
+  const uint32_t finite = (exponent < 0x38800000u ? 0u : ((exponent - 0x38800000u) >> 13)) + fraction;
+  const uint32_t half = magnitude > 0x7f800000u ? 0x7e00u : magnitude >= 0x477ff000u ? 0x7c00u : finite;
+  return {static_cast<uint16_t>(half | ((u >> 16) & 0x8000u))};
+}
+template <class S> inline S narrow(double x) { return x; }
+
+// One vector of T from storage type S (lossless).
+inline vf load_as(const float* p, float) { return load(p); }
+inline Vec<double> load_as(const double* p, double) { return load(p); }
+inline vf load_as(const bf16* p, float) {
+  typedef uint16_t Half __attribute__((vector_size(kVecBytes / 2), aligned(2), may_alias));
+  return bits<vf>(__builtin_convertvector(*reinterpret_cast<const Half*>(p), vi) << 16);
+}
+inline vf load_as(const f16* p, float) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vf v;
+  for (int i = 0; i < kF; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+
+inline void store_as(float* p, vf v) { store(p, v); }
+inline void store_as(double* p, Vec<double> v) { store(p, v); }
+inline void store_as(bf16* p, vf v) {
+  typedef uint16_t Half __attribute__((vector_size(kVecBytes / 2), aligned(2), may_alias));
+  const vi u = bits<vi>(v);
+  const vi rounded = ((u + 0x7fff + ((u >> 16) & 1)) >> 16) & 0xffff;
+  *reinterpret_cast<Half*>(p) = __builtin_convertvector(v == v ? rounded : vi{} + 0x7fc0, Half);
+}
+inline void store_as(f16* p, vf v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0));
+#else
+  for (int i = 0; i < kF; ++i) p[i] = narrow<f16>(v[i]);
+#endif
+}
+
+// n elements from S to T; both may be any storage or compute type, at least one of them the compute type.
+template <class T, class S> inline void load_row(T* to, const S* from, int64_t n) {
+  int64_t i = 0;
+  for (; i + Simd<T>::N <= n; i += Simd<T>::N) store(to + i, load_as(from + i, T{}));
+  for (; i < n; ++i) to[i] = widen(from[i]);
+}
+template <class S, class T> inline void store_row(S* to, const T* from, int64_t n) {
+  int64_t i = 0;
+  for (; i + Simd<T>::N <= n; i += Simd<T>::N) store_as(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = narrow<S>(from[i]);
+}
+
+// ---------------------------------------------------------------------------------------------------- shuffles
+
+template <class V, int... I> inline V shuffle(V a, V b, std::integer_sequence<int, I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, I...);
+#else
+  typedef decltype(a < b) M;
+  return __builtin_shuffle(a, b, M{I...});
+#endif
+}
+// Lanes of a and b in turn, from the low (Half = 0) or the high (Half = 1) half of each.
+template <int Half, class V, int... I> inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int N = sizeof...(I);
+  return shuffle(a, b, std::integer_sequence<int, (I % 2 * N + I / 2 + Half * N / 2)...>{});
+}
+// N x N: log2(N) perfect shuffles.
+template <class T> inline void transpose(Vec<T> (&v)[Simd<T>::N]) {
+  constexpr int N = Simd<T>::N;
+  using Lanes = std::make_integer_sequence<int, N>;
+#pragma GCC unroll 4
+  for (int stage = 1; stage < N; stage *= 2) {
+    Vec<T> t[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N / 2; ++i) {
+      t[2 * i] = interleave<0>(v[i], v[i + N / 2], Lanes{});
+      t[2 * i + 1] = interleave<1>(v[i], v[i + N / 2], Lanes{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) v[i] = t[i];
+  }
+}
+
+// The four sums over the lanes of four vectors.
+template <int... I>
+inline void sum_lanes(const vf (&v)[4], float (&sums)[4], std::integer_sequence<int, I...>) {
+  constexpr int N = sizeof...(I);
+  using Even = std::integer_sequence<int, (I % 2 * N + I / 2 * 2)...>;            // a0 b0 a2 b2 ..
+  using Odd = std::integer_sequence<int, (I % 2 * N + I / 2 * 2 + 1)...>;         // a1 b1 a3 b3 ..
+  using Low = std::integer_sequence<int, (I / 2 % 2 * N + I / 4 * 4 + I % 2)...>;  // a0 a1 b0 b1 a4 a5 ..
+  using High = std::integer_sequence<int, (I / 2 % 2 * N + I / 4 * 4 + 2 + I % 2)...>;
+  const vf p = shuffle(v[0], v[1], Even{}) + shuffle(v[0], v[1], Odd{});
+  const vf q = shuffle(v[2], v[3], Even{}) + shuffle(v[2], v[3], Odd{});
+  vf s = shuffle(p, q, Low{}) + shuffle(p, q, High{});
+  if constexpr (N >= 16) s += shuffle(s, s, std::integer_sequence<int, ((I + 8) % N)...>{});
+  if constexpr (N >= 8) s += shuffle(s, s, std::integer_sequence<int, ((I + 4) % N)...>{});
+  for (int i = 0; i < 4; ++i) sums[i] = s[i];
+}
+inline void sum_lanes(const vf (&v)[4], float (&sums)[4]) { sum_lanes(v, sums, std::make_integer_sequence<int, kF>{}); }
+
+// -------------------------------------------------------------------------------------------------- activations
+
+// y = n ln 2 + r, |r| <= ln 2 / 2, for |y| < 2^21: n as float, and q = expm1(r) (Cephes' polynomial, 2^-26 relative).
+inline vf expm1_reduced(vf y, vf& n) {
+  const vf shifted = y * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the sum's last place is one
+  n = shifted - 12582912.f;
+  vf r = y - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return p * (r * r) + r;
+}
+inline vf power_of_two(vf n) { return bits<vf>(bits<vi>(n + 12583039.f) << 23); }  // -126 <= n <= 127: n + 127 in the low bits
+
+inline vf exp_neg(vf x) {  // e^-x; infinity above 88.72, not below e^-87 (callers add one)
+  vf y = -x, n;
+  y = y > 89.f ? vf{} + 89.f : y;
+  y = y < -87.f ? vf{} - 87.f : y;
+  const vf q = expm1_reduced(y, n);
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(1.f + q, n);
+#else
+  const vf low = n * 0.5f - 0.25f + 12582912.f - 12582912.f;  // two factors: n = 128 has no float
+  return (1.f + q) * power_of_two(low) * power_of_two(n - low);
+#endif
+}
+inline vf expm1_neg2abs(vf x) {  // expm1(-2|x|), -1 once 2|x| >= 40
+  vf y = bits<vf>(bits<vi>(x + x) | INT32_MIN), n;
+  y = y < -40.f ? vf{} - 40.f : y;
+  const vf q = expm1_reduced(y, n), s = power_of_two(n);
+  return s * q + (s - 1.f);
+}
+inline vf with_sign(vf a, vf x) { return bits<vf>((bits<vi>(a) & INT32_MAX) | (bits<vi>(x) & INT32_MIN)); }
+
+inline vf sigmoid(vf x) { return 1.f / (1.f + exp_neg(x)); }
+inline vf tanh(vf x) {
+  const vf m = expm1_neg2abs(x);
+  return with_sign(m / (2.f + m), x);
+}
+// sigmoid(a) * tanh(b) with one division.
+inline vf sigmoid_tanh(vf a, vf b) {
+  const vf m = expm1_neg2abs(b);
+  return with_sign(m / ((1.f + exp_neg(a)) * (2.f + m)), b);
+}
+
+using vd = Vec<double>;
+inline vd sigmoid(vd x) {
+  for (int i = 0; i < Simd<double>::N; ++i) x[i] = 1.0 / (1.0 + __builtin_exp(-x[i]));
+  return x;
+}
+inline vd tanh(vd x) {
+  for (int i = 0; i < Simd<double>::N; ++i) x[i] = __builtin_tanh(x[i]);
+  return x;
+}
+inline vd sigmoid_tanh(vd a, vd b) { return sigmoid(a) * tanh(b); }
+template <class V> inline V relu(V x) { return x < 0 ? V{} : x; }  // keeps NaN
+
+}  // namespace
+}  // namespace pyops::cpu::PYOPS_ISA

@@ -1,0 +1,24 @@
+"""Kernels for PyTorch: hand-written CUDA, Triton and C++, as functions, drop-in modules and custom ops.
+
+Importing touches no CUDA runtime, no Triton and starts nothing.
+"""
+
+from pyops import nn
+from pyops._backends import backend, explain
+from pyops.ops.gru import fused_gru, gru_cell
+from pyops.ops.lstm import fused_lstm, lstm_cell
+from pyops.ops.rnn import fused_rnn, rnn_cell
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "backend",
+    "explain",
+    "fused_gru",
+    "fused_lstm",
+    "fused_rnn",
+    "gru_cell",
+    "lstm_cell",
+    "nn",
+    "rnn_cell",
+]

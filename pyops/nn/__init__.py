@@ -1,0 +1,5 @@
+"""Drop-in modules: torch's own constructors, parameter names and errors, pyops' kernels."""
+
+from pyops.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]

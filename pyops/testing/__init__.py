@@ -1,0 +1,10 @@
+"""One source of samples: what tests, benches, the command line and the docs know about each op.
+
+`SPECS` maps an op's public name to its `OpSpec`; `pyops/testing/samples/` holds one file per family.
+"""
+
+from pyops.testing.gate import poison, relative_error, within_gate
+from pyops.testing.registry import SPECS, ErrorCase, OpSpec, Sample
+from pyops.testing.samples import rnn as _rnn  # noqa: F401  (registers its ops)
+
+__all__ = ["SPECS", "ErrorCase", "OpSpec", "Sample", "poison", "relative_error", "within_gate"]

@@ -1,0 +1,1 @@
+"""Sample inputs, error cases, costs and baselines, one file per family."""

@@ -1,0 +1,73 @@
+"""Which calls there are to test: every op x backend x dtype x sample of the registry that the backend says it can run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyops import _backends
+from pyops.testing import SPECS
+
+torch.set_num_threads(2)
+
+DEVICES = {"cpu": "cpu", "vendor": "cpu", "cuda": "cuda", "triton": "cuda"}
+NO_GPU = {"cuda", "triton"} if not torch.cuda.is_available() else set()
+
+
+def cases(backends: tuple[str, ...] | None = None, dtypes: tuple[torch.dtype, ...] | None = None, ids: tuple[str, ...] | None = None):
+    """pytest parameters (spec, backend, dtype, sample). Backends that need a GPU have their own proofs where there is none."""
+    found = []
+    for spec in SPECS.values():
+        for backend in spec.backends:
+            if backend in NO_GPU or (backends is not None and backend not in backends):
+                continue
+            for dtype in spec.dtypes:
+                if dtypes is not None and dtype not in dtypes:
+                    continue
+                for sample in spec.samples:
+                    if sample.test and (ids is None or sample.id in ids):
+                        name = f"{spec.name}-{backend}-{str(dtype)[6:]}-{sample.id}"
+                        found.append(pytest.param(spec, backend, dtype, sample, id=name))
+    return found
+
+
+def arguments(spec, backend, dtype, sample):
+    """The sample's arguments, or a skip with the backend's own reason."""
+    args, kwargs = sample.make(dtype, DEVICES[backend])
+    rows = dict(_backends.explain(spec.public, *args, **kwargs, backend=backend).rows)
+    if rows[backend].startswith("cannot"):
+        pytest.skip(f"{backend} {rows[backend]}")
+    return args, kwargs
+
+
+def double(value):
+    """Every floating tensor of a nested argument as float64 on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().double() if value.is_floating_point() else value.cpu()
+    if isinstance(value, (tuple, list)):
+        return tuple(double(item) for item in value)
+    return value
+
+
+def leaves(value) -> list[torch.Tensor]:
+    """The floating tensors in a nested value, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, (tuple, list)):
+        return [leaf for item in value for leaf in leaves(item)]
+    return []
+
+
+def with_grad(value):
+    """A detached copy of nested arguments whose floating tensors ask for gradients; strides and expansion are kept."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().requires_grad_() if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return tuple(with_grad(item) for item in value)
+    return value
+
+
+def cotangents(outputs) -> list[torch.Tensor]:
+    """A fixed pseudo-random gradient for each output, the same for every dtype before rounding."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype) for y in outputs]

@@ -1,0 +1,81 @@
+"""Gradients of every op x backend x dtype x sample, gradcheck, double backward, partial gradients."""
+
+import pytest
+import torch
+
+from pyops.testing import poison, within_gate
+
+from .conftest import arguments, cases, cotangents, double, leaves, with_grad
+
+
+def gradients(spec, args, kwargs, backend):
+    args = with_grad(args)
+    outputs = [y for y in leaves(spec.public(*args, **kwargs, backend=backend)) if y.requires_grad]
+    grads = torch.autograd.grad(outputs, leaves(args), cotangents(outputs), allow_unused=True)
+    return [g if g is not None else torch.zeros_like(t) for g, t in zip(grads, leaves(args), strict=True)]
+
+
+@pytest.mark.parametrize("spec, backend, dtype, sample", cases())
+def test_gradients(spec, backend, dtype, sample):
+    args, kwargs = arguments(spec, backend, dtype, sample)
+    truth = gradients(spec, double(args), kwargs, "eager")
+    eager = gradients(spec, args, kwargs, "eager")
+    poison(*(g.numel() * g.element_size() for g in eager))
+    found = gradients(spec, args, kwargs, backend)
+    for index, (g, g64, g_eager) in enumerate(zip(found, truth, eager, strict=True)):
+        assert g.dtype == dtype
+        missed = within_gate(g.cpu(), g64, g_eager.cpu(), dtype, gradient=True)
+        assert missed is None, f"gradient of tensor argument {index}: {missed}"
+
+
+@pytest.mark.parametrize("spec, backend, dtype, sample", cases(ids=("plain", "odd", "lengths_reverse", "many_rows")))
+def test_same_gradient_bits_twice(spec, backend, dtype, sample):
+    args, kwargs = arguments(spec, backend, dtype, sample)
+    first = gradients(spec, args, kwargs, backend)
+    assert all(torch.equal(a, b) for a, b in zip(first, gradients(spec, args, kwargs, backend), strict=True))
+
+
+SMALL = ("plain", "lengths_reverse", "batch_first", "no_bias", "reset_before_plain", "relu_plain", "sigmoid_plain")
+
+
+@pytest.mark.parametrize("spec, backend, dtype, sample", cases(("cpu",), (torch.float64,), SMALL))
+def test_gradcheck(spec, backend, dtype, sample):
+    args, kwargs = arguments(spec, backend, dtype, sample)
+    flat = leaves(with_grad(args))
+
+    def call(*values):
+        values = iter(values)
+        fill = lambda v: next(values) if isinstance(v, torch.Tensor) else tuple(map(fill, v)) if isinstance(v, tuple) else v  # noqa: E731
+        return tuple(leaves(spec.public(*fill(args), **kwargs, backend=backend)))
+
+    assert torch.autograd.gradcheck(call, flat, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, flat, fast_mode=True)
+
+
+@pytest.mark.parametrize("which", ["input", "weights", "bias", "state"])
+@pytest.mark.parametrize("spec, backend, dtype, sample", cases(("cpu",), (torch.float32,), ("plain",)))
+def test_partial_gradients(spec, backend, dtype, sample, which):
+    """What does not ask for a gradient gets none, and what does gets the same one."""
+    args, kwargs = arguments(spec, backend, dtype, sample)
+    full = gradients(spec, args, kwargs, backend)
+    flat = leaves(args)
+    states = len(flat) - 5  # input, states, two weights, two biases
+    chosen = {"input": [0], "state": list(range(1, 1 + states)), "weights": [1 + states, 2 + states], "bias": [3 + states]}[which]
+    live = [t.detach().requires_grad_(i in chosen) for i, t in enumerate(flat)]
+    values = iter(live)
+    fill = lambda v: next(values) if isinstance(v, torch.Tensor) else tuple(map(fill, v)) if isinstance(v, tuple) else v  # noqa: E731
+    outputs = leaves(spec.public(*fill(args), **kwargs, backend=backend))
+    torch.autograd.backward(outputs, cotangents(outputs))
+    for index, t in enumerate(live):
+        if index in chosen:
+            assert torch.equal(t.grad, full[index])
+        else:
+            assert t.grad is None
+
+
+@pytest.mark.parametrize("spec, backend, dtype, sample", cases(("cpu",), (torch.float32,), ("plain",)))
+def test_nothing_is_kept_without_grad(spec, backend, dtype, sample):
+    args, kwargs = arguments(spec, backend, dtype, sample)
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: pytest.fail("saved a tensor"), lambda t: t):
+        results = leaves(spec.public(*with_grad(args), **kwargs, backend=backend))
+    assert not any(y.requires_grad for y in results)
