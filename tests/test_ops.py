@@ -3,23 +3,23 @@
 import pytest
 import torch
 
-from pyops.testing import SPECS, poison, within_gate
+from pyops.testing import SPECS, poison
 
-from .conftest import arguments, cases, double, leaves
+from .conftest import arguments, assert_gate, cases, double, leaves
 
 
 @pytest.mark.parametrize("spec, backend, dtype, sample", cases())
 def test_forward(spec, backend, dtype, sample):
-    args, kwargs = arguments(spec, backend, dtype, sample)
-    truth = leaves(spec.public(*double(args), **kwargs, backend="eager"))
-    eager = leaves(spec.public(*args, **kwargs, backend="eager"))
-    poison(*(y.numel() * y.element_size() for y in eager))
-    found = leaves(spec.public(*args, **kwargs, backend=backend))
-    assert len(found) == len(truth)
-    for index, (y, y64, y_eager) in enumerate(zip(found, truth, eager, strict=True)):
-        assert y.dtype == dtype and y.device == y_eager.device
-        missed = within_gate(y.cpu(), y64, y_eager.cpu(), dtype)
-        assert missed is None, f"output {index}: {missed}"
+    def draw(seed):
+        args, kwargs = arguments(spec, backend, dtype, sample, seed)
+        truth = leaves(spec.public(*double(args), **kwargs, backend="eager"))
+        eager = leaves(spec.public(*args, **kwargs, backend="eager"))
+        poison(*(y.numel() * y.element_size() for y in eager))
+        found = leaves(spec.public(*args, **kwargs, backend=backend))
+        assert all(y.dtype == dtype and y.device == y_eager.device for y, y_eager in zip(found, eager, strict=True))
+        return found, truth, eager
+
+    assert_gate(draw, dtype)
 
 
 @pytest.mark.parametrize("spec, backend, dtype, sample", cases(ids=("plain", "odd", "lengths_reverse", "many_rows", "wide")))

@@ -18,14 +18,12 @@ IDS = (
 @pytest.mark.parametrize("sample_id", IDS)
 @pytest.mark.parametrize("cell", list(R.Cell), ids=lambda cell: cell.name)
 def test_composition_equals_autograd(cell, sample_id):
-    from pyops.ops._rnn import reference
-
     (sample,) = (s for s in SPECS[PUBLIC[cell]].samples if s.id == sample_id)
     args, kwargs = sample.make(torch.float64, "cpu")
     x, hx, *weights = with_grad(double(args))
     h0, c0 = hx if isinstance(hx, tuple) else (hx, None)
     options = (kwargs.get("lengths"), kwargs.get("batch_first", False), kwargs.get("reverse", False))
-    expected = [y for y in reference(cell, x, h0, c0, *weights, *options) if y is not None]
+    expected = [y for y in R.reference_layer(cell, x, h0, c0, *weights, *options) if y is not None]
     grads = cotangents(expected)
     wanted = leaves((x, h0, c0, *weights))
     truth = torch.autograd.grad(expected, wanted, grads, allow_unused=True)

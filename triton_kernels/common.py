@@ -6,6 +6,9 @@ A tile of the batch is [B, H] here: BLOCK_B rows and one hidden row padded to BL
 import triton
 import triton.language as tl
 
+# The interpreter's dot multiplies the bits of bf16 as integers. A product of two 16-bit floats is exact in fp32: the sums are the same.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def tanh(x):
@@ -21,11 +24,13 @@ def tanh(x):
 def product(a, weight):
     """a @ weight, accumulated in fp32.  # [B, H] x [H, H] -> [B, H]
 
-    fp16/bf16: tensor cores, a rounded to the weight's type. fp32: BLOCK_B is 1, and each thread multiplies the part of the weight it
+    16 bits: tensor cores, a rounded to the weight's type. fp32: BLOCK_B is 1, and each thread multiplies the part of the weight it
     keeps in registers; the tensor cores have no fp32, and a tl.dot without them re-reads the weights from shared memory every step.
     """
     if weight.dtype == tl.float32:
         return tl.sum(a[:, :, None] * weight[None, :, :], axis=1)
+    elif INTERPRETED:
+        return tl.dot(a.to(weight.dtype).to(tl.float32), weight.to(tl.float32), input_precision="ieee")
     else:
         return tl.dot(a.to(weight.dtype), weight)
 
@@ -79,7 +84,8 @@ def store_state(state_ptr, state, rows, B, H: tl.constexpr, BLOCK_H: tl.constexp
 @triton.jit
 def step_mask(t, length, H: tl.constexpr, BLOCK_H: tl.constexpr):
     """Which elements of step t exist; none before the first step.  # [B, H]"""
-    return (t >= 0) & (t < length) & (tl.arange(0, BLOCK_H)[None, :] < H)
+    step = t + tl.zeros_like(length)
+    return (step >= 0) & (step < length) & (tl.arange(0, BLOCK_H)[None, :] < H)
 
 
 @triton.jit

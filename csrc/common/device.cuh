@@ -54,6 +54,21 @@ PYOPS_DEVICE unsigned char* dynamic_shared() {
 #endif
 }
 
+PYOPS_DEVICE float exact_exp(float x) {
+#if defined(__CUDACC__)
+  return expf(x);
+#else
+  return static_cast<float>(std::exp(static_cast<double>(x)));  // what a good expf gives, whatever the host's libm
+#endif
+}
+PYOPS_DEVICE float exact_tanh(float x) {
+#if defined(__CUDACC__)
+  return tanhf(x);
+#else
+  return static_cast<float>(std::tanh(static_cast<double>(x)));
+#endif
+}
+
 // exp for gates that are rounded to 16 bits afterwards: about 2 ulp of float, without expf's range reduction.
 PYOPS_DEVICE float fast_exp(float x) {
 #if defined(__CUDACC__)

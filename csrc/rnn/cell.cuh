@@ -26,7 +26,7 @@ PYOPS_HOST_DEVICE constexpr int saved_of(Kind kind) { return kind == Kind::lstm 
 template <class T>
 PYOPS_DEVICE float sigmoid(float x) {
   if constexpr (is_16bit<T>) return fast_divide(1.f, 1.f + fast_exp(-x));
-  else return 1.f / (1.f + expf(-x));
+  else return 1.f / (1.f + exact_exp(-x));
 }
 
 template <class T>
@@ -36,7 +36,7 @@ PYOPS_DEVICE float tanh_of(float x) {
     if (x2 < 0.01f) return x * (1.f + x2 * (-0.33333333f + x2 * 0.13333333f));
     return 1.f - fast_divide(2.f, 1.f + fast_exp(2.f * x));
   } else {
-    return tanhf(x);
+    return exact_tanh(x);
   }
 }
 

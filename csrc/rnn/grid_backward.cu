@@ -74,7 +74,7 @@ PYOPS_KERNEL(kGridThreads) grid_backward(GridParams<ScanBackward> params) {
     for (int tile = 0; tile < tiles; ++tile) {
       const int b = slice_row0 + tile * kTileRows + tile_b, length = owns_cell ? length_of(p, b) : 0;
       const bool takes_part = s < length;
-      BackwardInputs<K, T> in;
+      BackwardInputs<K, T> in{};
       if (takes_part) in = load_backward<K, T>(p, s, length, b, unit);  // in flight while this warp waits and multiplies
       if (tile == 0) wait_for_owners<T>(flags, range, gridDim.x, epoch, lane);
       product(first, last, after, tile);

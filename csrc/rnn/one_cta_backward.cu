@@ -14,8 +14,11 @@
 namespace pyops::rnn {
 namespace {
 
+// Blocks of K per tile in registers: as many as leave no spill (12 warps: 168 registers a thread).
+template <Kind K, int kWarps> constexpr int kRegisterBlocks = K == Kind::rnn ? 8 : kWarps == 8 ? 4 : K == Kind::lstm ? 2 : 3;
+
 template <Kind K, class T, int kWarps>
-using Weights = ResidentWeights<T, gates_of(K), kOneCtaRegisterBlocks<K, kWarps>, true>;
+using Weights = ResidentWeights<T, gates_of(K), kRegisterBlocks<K, kWarps>, true>;
 
 template <Kind K, class T>
 PYOPS_HOST_DEVICE constexpr int gradient_pitch(int H) {

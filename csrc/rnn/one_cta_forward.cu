@@ -4,7 +4,7 @@
 //
 // Grid: ceil(B/8) blocks, which never wait for each other. A warp owns 16 hidden units with all their gates, so the G
 // values of a cell meet in one lane's accumulators and the pointwise math needs no exchange. W_hh sits in registers (the
-// first 64 to 128 k of 16-bit types, 256 for rnn) and shared memory. h (rounded to T, as mma takes it) is double-buffered in
+// first 32 to 128 k of 16-bit types, 256 for rnn) and shared memory. h (rounded to T, as mma takes it) is double-buffered in
 // shared memory; the carried state stays float in registers. One __syncthreads per step (two for gru_before); gates_x of
 // the next step are loaded before this step's product.
 //
@@ -16,8 +16,11 @@
 namespace pyops::rnn {
 namespace {
 
+// Blocks of K per tile in registers: as many as leave no spill (12 warps: 168 registers a thread, lstm prefetches 16 gates).
+template <Kind K, int kWarps> constexpr int kRegisterBlocks = K == Kind::rnn ? 8 : kWarps == 8 ? 4 : K == Kind::lstm ? 1 : 3;
+
 template <Kind K, class T, int kWarps>
-using Weights = ResidentWeights<T, gates_of(K), kOneCtaRegisterBlocks<K, kWarps>, false>;
+using Weights = ResidentWeights<T, gates_of(K), kRegisterBlocks<K, kWarps>, false>;
 
 template <class T>
 PYOPS_HOST_DEVICE constexpr int hidden_pitch(int H) { return state_pitch<T>(round_up(H, kBlockK<T>)); }
@@ -26,7 +29,7 @@ template <Kind K, class T, int kWarps>
 PYOPS_KERNEL(kWarps * kWarpSize) one_cta_forward(ScanForward p) {
   constexpr int G = gates_of(K);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, H = p.H;
-  const int units = blockDim.x / 2;  // 16 per warp
+  constexpr int units = kWarps * kTileUnits;
   const int pitch = hidden_pitch<T>(H), buffer = kTileRows * pitch;
 
   // Shared memory: h[2][8][pitch], gru_before: r*h[8][pitch], bias[G][units], then each warp's weights.
@@ -65,7 +68,7 @@ PYOPS_KERNEL(kWarps * kWarpSize) one_cta_forward(ScanForward p) {
   __syncthreads();
 
   auto takes_part = [&](int s, int j) { return s < length[j % 2] && unit0 + j / 2 < H; };
-  T next[4][G];
+  T next[4][G] = {};
   auto prefetch = [&](int s) {
     PYOPS_UNROLL
     for (int j = 0; j < 4; ++j)
@@ -78,16 +81,24 @@ PYOPS_KERNEL(kWarps * kWarpSize) one_cta_forward(ScanForward p) {
   for (int s = 0; s < steps; ++s) {
     const T* h = hidden + s % 2 * buffer;
     T* h_next = hidden + (s + 1) % 2 * buffer;
-    float sum[G][4], x_n[4] = {};
+    // 16-bit sums start from gates_x + bias, which frees the registers of gates_x. Float sums start from zero: adding the
+    // large gates_x first would cost every later addition a larger rounding.
+    constexpr bool kStartFromX = is_16bit<T>;
+    float sum[G][4], x[4][G];
     PYOPS_UNROLL
     for (int q = 0; q < G; ++q)
       PYOPS_UNROLL
       for (int j = 0; j < 4; ++j) {
-        sum[q][j] = bias[q * units + unit0 + j / 2];
-        if (joins_x<K>(q)) sum[q][j] += to_float(next[j][q]);
-        else x_n[j] = to_float(next[j][q]);
+        sum[q][j] = kStartFromX ? bias[q * units + unit0 + j / 2] : 0.f;
+        x[j][q] = to_float(next[j][q]);
+        if (kStartFromX && joins_x<K>(q)) sum[q][j] += x[j][q];
       }
     prefetch(s + 1);
+    auto activation_input = [&](int q, int j) {
+      if (kStartFromX) return sum[q][j];
+      const float with_bias = sum[q][j] + bias[q * units + unit0 + j / 2];
+      return joins_x<K>(q) ? with_bias + x[j][q] : with_bias;
+    };
 
     constexpr int kFirst = K == Kind::gru_before ? 2 : G;  // tiles of the first product
     weights.template multiply_all<0, kFirst>(sum, lane, [&](int, int block) { return load_state<T>(h, pitch, block, lane); });
@@ -97,7 +108,7 @@ PYOPS_KERNEL(kWarps * kWarpSize) one_cta_forward(ScanForward p) {
         if (takes_part(s, j)) {
           const int b = row0 + j % 2, u = unit0 + j / 2;
           reset_hidden[tile_row(lane, j) * pitch + u] = from_float<T>(
-              forward_reset<T>(p, time_of(p, length[j % 2], s), b, u, sum[0][j], sum[1][j], state[j], update[j]));
+              forward_reset<T>(p, time_of(p, length[j % 2], s), b, u, activation_input(0, j), activation_input(1, j), state[j], update[j]));
         }
       __syncthreads();
       weights.template multiply_all<2, G>(sum, lane, [&](int, int block) { return load_state<T>(reset_hidden, pitch, block, lane); });
@@ -110,12 +121,12 @@ PYOPS_KERNEL(kWarps * kWarpSize) one_cta_forward(ScanForward p) {
         const bool last = s == length[j % 2] - 1;
         float h_new;
         if constexpr (K == Kind::gru_before) {
-          h_new = forward_update<T>(p, t, b, u, last, sum[2][j], update[j], state[j]);
+          h_new = forward_update<T>(p, t, b, u, last, activation_input(2, j), update[j], state[j]);
         } else {
           float a[G];
           PYOPS_UNROLL
-          for (int q = 0; q < G; ++q) a[q] = sum[q][j];
-          h_new = forward_cell<K, T>(p, t, b, u, last, a, x_n[j], state[j]);
+          for (int q = 0; q < G; ++q) a[q] = activation_input(q, j);
+          h_new = forward_cell<K, T>(p, t, b, u, last, a, x[j][G - 1], state[j]);
         }
         h_next[tile_row(lane, j) * pitch + u] = from_float<T>(h_new);
       } else if (b < p.B && u < H) {
@@ -133,7 +144,7 @@ template <Kind K, class T, int kWarps>
 size_t shared_bytes(int H) {
   const int warps = ceil_div(H, kTileUnits);
   return (K == Kind::gru_before ? 3 : 2) * kTileRows * hidden_pitch<T>(H) * sizeof(T) +
-         gates_of(K) * warps * kTileUnits * sizeof(float) + warps * Weights<K, T, kWarps>::shared_bytes(ceil_div(H, kBlockK<T>));
+         gates_of(K) * kWarps * kTileUnits * sizeof(float) + warps * Weights<K, T, kWarps>::shared_bytes(ceil_div(H, kBlockK<T>));
 }
 
 }  // namespace

@@ -15,7 +15,6 @@ namespace pyops::rnn {
 // keeps all its weights in registers. Float weights are in shared memory anyway: one size.
 template <Kind K, class T> constexpr int kFewWarps = K == Kind::rnn ? 16 : is_16bit<T> ? 8 : 12;
 template <Kind K, class T> constexpr int kManyWarps = K == Kind::rnn ? 16 : 12;
-template <Kind K, int kWarps> constexpr int kOneCtaRegisterBlocks = K == Kind::rnn ? 8 : kWarps == 8 ? 4 : K == Kind::lstm ? 2 : 3;
 
 constexpr int kGridThreads = 256;
 constexpr int kStepThreads = 256;

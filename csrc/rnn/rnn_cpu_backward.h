@@ -139,8 +139,8 @@ template <class S, int G> struct BackwardPass {
     alignas(64) T sums[4 * 64];
     for (int64_t panel = me.panel0; panel < me.panel1; ++panel) {
       const int n = static_cast<int>(H - panel * 64 < 64 ? H - panel * 64 : 64);
-      __builtin_memset(sums, 0, sizeof sums);
       for (int64_t i = 0, rows; i < count; i += rows) {
+        __builtin_memset(sums, 0, sizeof sums);
         rows = block_rows((i < fed ? fed : count) - i, kRowBlock);
         if (i < fed) {
           const T* a[kRowBlock];
@@ -150,9 +150,9 @@ template <class S, int G> struct BackwardPass {
           __builtin_memset(tile, 0, sizeof tile);
         }
         for (int64_t r = 0; r < rows; ++r) finish_row<PHASE>(s, me.row(i + r), panel * 64, n, tile + r * 64, sums);
+        for (int64_t k = 0; k < D && PHASE != kInitial; ++k)
+          for (int u = 0; u < n; ++u) me.bias[k * H + panel * 64 + u] += sums[k * 64 + u];
       }
-      for (int64_t k = 0; k < D && PHASE != kInitial; ++k)
-        for (int u = 0; u < n; ++u) me.bias[k * H + panel * 64 + u] += sums[k * 64 + u];
     }
   }
 

@@ -24,65 +24,83 @@ template <class T> inline Vec<T> get(const T* row, int u, int n) {
   return v;
 }
 
-template <class T> struct Gates {
+// Rows of one panel after the GEMM. Working on all of them in one loop keeps the polynomials' constants in registers and lets
+// the rows' dependency chains overlap (an LSTM row alone: 270 cycles).
+template <class T> struct Block {
+  static constexpr int kMost = 8;
+  int rows, n;             // rows; units that exist
+  int ld;                  // floats from row to row of tile and gx
+  int64_t H;
   const T *tile, *gx, *bias;
-  Vec<T> at(int c) const { return load(tile + c) + (load(gx + c) + load(bias + c)); }
+  T* state[kMost];         // this panel's units: c (lstm), h (gru)
+  T* update[kMost];        // gru_reset_before: z
+  T* save[kMost];          // reserve, gates H apart; all null when nothing is kept
+  T* out;                  // [rows][units]: h'
+  Vec<T> gate(int r, int c) const { return load(tile + r * ld + c) + (load(gx + r * ld + c) + load(bias + c)); }
+  bool keep() const { return save[0] != nullptr; }
 };
 
-template <class T> inline void lstm_row(Gates<T> a, T* c, T* h, T* save, int64_t H, int n) {
+template <class T> inline void lstm_rows(const Block<T>& a) {
   for (int u = 0; u < 16; u += Simd<T>::N) {
-    const Vec<T> i = a.at(u), f = sigmoid(a.at(16 + u)), g = a.at(32 + u), o = a.at(48 + u);
-    const Vec<T> cell = f * load(c + u) + sigmoid_tanh(i, g);
-    store(c + u, cell);
-    store(h + u, sigmoid_tanh(o, cell));
-    if (save) {
-      put(save, u, n, sigmoid(i)), put(save + H, u, n, f), put(save + 2 * H, u, n, tanh(g));
-      put(save + 3 * H, u, n, sigmoid(o)), put(save + 4 * H, u, n, cell);
+    for (int r = 0; r < a.rows; ++r) {
+      const Vec<T> i = a.gate(r, u), f = sigmoid(a.gate(r, 16 + u)), g = a.gate(r, 32 + u);
+      store(a.state[r] + u, f * load(a.state[r] + u) + sigmoid_tanh(i, g));
+      if (a.keep()) put(a.save[r], u, a.n, sigmoid(i)), put(a.save[r] + a.H, u, a.n, f), put(a.save[r] + 2 * a.H, u, a.n, tanh(g));
+    }
+    for (int r = 0; r < a.rows; ++r) {
+      const Vec<T> o = a.gate(r, 48 + u), c = load(a.state[r] + u);
+      store(a.out + r * 16 + u, sigmoid_tanh(o, c));
+      if (a.keep()) put(a.save[r] + 3 * a.H, u, a.n, sigmoid(o)), put(a.save[r] + 4 * a.H, u, a.n, c);
     }
   }
 }
 
-// `state` is h in full precision, old and then new; bias_hn stands behind bias, at column 48.
-template <class T> inline void gru_row(Gates<T> a, T* state, T* h, T* save, int64_t H, int n) {
-  for (int u = 0; u < 16; u += Simd<T>::N) {
-    const Vec<T> r = sigmoid(a.at(u)), z = sigmoid(a.at(16 + u));
-    const Vec<T> hn = load(a.tile + 32 + u) + load(a.bias + 48 + u);
-    const Vec<T> candidate = tanh(r * hn + (load(a.gx + 32 + u) + load(a.bias + 32 + u)));
-    const Vec<T> next = z * (load(state + u) - candidate) + candidate;
-    store(state + u, next);
-    store(h + u, next);
-    if (save) put(save, u, n, r), put(save + H, u, n, z), put(save + 2 * H, u, n, candidate), put(save + 3 * H, u, n, hn);
-  }
+// `state` is h in full precision, old and then new; bias_hn stands behind the bias, at column 48.
+template <class T> inline void gru_rows(const Block<T>& a) {
+  for (int u = 0; u < 16; u += Simd<T>::N)
+    for (int r = 0; r < a.rows; ++r) {
+      const Vec<T> reset = sigmoid(a.gate(r, u)), z = sigmoid(a.gate(r, 16 + u));
+      const Vec<T> hn = load(a.tile + r * a.ld + 32 + u) + load(a.bias + 48 + u);
+      const Vec<T> n = tanh(reset * hn + (load(a.gx + r * a.ld + 32 + u) + load(a.bias + 32 + u)));
+      const Vec<T> next = z * (load(a.state[r] + u) - n) + n;
+      store(a.state[r] + u, next);
+      store(a.out + r * 16 + u, next);
+      if (a.keep()) {
+        put(a.save[r], u, a.n, reset), put(a.save[r] + a.H, u, a.n, z);
+        put(a.save[r] + 2 * a.H, u, a.n, n), put(a.save[r] + 3 * a.H, u, a.n, hn);
+      }
+    }
 }
 
-// gru_reset_before, first half: z and r*h (what the n gate's GEMM then reads).
-template <class T> inline void gru_reset_row(Gates<T> a, const T* state, T* z, T* rh, T* save, int64_t H, int n) {
-  for (int u = 0; u < 16; u += Simd<T>::N) {
-    const Vec<T> r = sigmoid(a.at(u)), update = sigmoid(a.at(16 + u)), product = r * load(state + u);
-    store(z + u, update);
-    store(rh + u, product);
-    if (save) put(save, u, n, r), put(save + H, u, n, update), put(save + 3 * H, u, n, product);
-  }
+// gru_reset_before, first half: z and, as `out`, r*h, which the n gate's GEMM then reads.
+template <class T> inline void gru_reset_rows(const Block<T>& a) {
+  for (int u = 0; u < 16; u += Simd<T>::N)
+    for (int r = 0; r < a.rows; ++r) {
+      const Vec<T> reset = sigmoid(a.gate(r, u)), z = sigmoid(a.gate(r, 16 + u)), product = reset * load(a.state[r] + u);
+      store(a.update[r] + u, z);
+      store(a.out + r * 16 + u, product);
+      if (a.keep()) put(a.save[r], u, a.n, reset), put(a.save[r] + a.H, u, a.n, z), put(a.save[r] + 3 * a.H, u, a.n, product);
+    }
 }
 // Second half; the tile's columns 32.. hold (r*h) W_hn^T.
-template <class T> inline void gru_candidate_row(Gates<T> a, const T* z, T* state, T* h, T* save, int64_t H, int n) {
-  for (int u = 0; u < 16; u += Simd<T>::N) {
-    const Vec<T> candidate = tanh(a.at(32 + u));
-    const Vec<T> next = load(z + u) * (load(state + u) - candidate) + candidate;
-    store(state + u, next);
-    store(h + u, next);
-    if (save) put(save + 2 * H, u, n, candidate);
-  }
+template <class T> inline void gru_candidate_rows(const Block<T>& a) {
+  for (int u = 0; u < 16; u += Simd<T>::N)
+    for (int r = 0; r < a.rows; ++r) {
+      const Vec<T> n = tanh(a.gate(r, 32 + u)), next = load(a.update[r] + u) * (load(a.state[r] + u) - n) + n;
+      store(a.state[r] + u, next);
+      store(a.out + r * 16 + u, next);
+      if (a.keep()) put(a.save[r] + 2 * a.H, u, a.n, n);
+    }
 }
 
-template <class T> inline void rnn_row(Cell cell, Gates<T> a, T* h) {
-  constexpr int N = Simd<T>::N;
-  if (cell == Cell::rnn_tanh)
-    for (int u = 0; u < 64; u += N) store(h + u, tanh(a.at(u)));
-  else if (cell == Cell::rnn_relu)
-    for (int u = 0; u < 64; u += N) store(h + u, relu(a.at(u)));
-  else
-    for (int u = 0; u < 64; u += N) store(h + u, sigmoid(a.at(u)));
+template <class T> inline void rnn_rows(Cell cell, const Block<T>& a) {
+  const auto each = [&](auto activation) {
+    for (int r = 0; r < a.rows; ++r)
+      for (int u = 0; u < 64; u += Simd<T>::N) store(a.out + r * 64 + u, activation(a.gate(r, u)));
+  };
+  if (cell == Cell::rnn_tanh) each([](Vec<T> x) { return tanh(x); });
+  else if (cell == Cell::rnn_relu) each([](Vec<T> x) { return relu(x); });
+  else each([](Vec<T> x) { return sigmoid(x); });
 }
 
 // Biases in panel order, [panels][64] floats: b_ih + b_hh per column; gru keeps b_hn apart, at column 48.

@@ -158,7 +158,6 @@ template <class S, int G> struct ForwardPass {
     constexpr int kBlock = kRows<E, C>;
     const E* from = PHASE == kCandidate ? reset_h : h[s % 2];
     alignas(64) T tile[kBlock * COLS];
-    alignas(64) T out[U];
     for (int64_t panel = me.panel0; panel < me.panel1; ++panel) {
       const E* w = weight_hh + panel * round_up(p.H, 2) * COLS + C0 * kPair<E>;
       const T* gx = me.gates + ((panel - me.panel0) * chunk_rows + at) * COLS;
@@ -167,31 +166,40 @@ template <class S, int G> struct ForwardPass {
         const E* a[kBlock];
         for (int r = 0; r < n; ++r) a[r] = from + me.row(i + r) * ldh;
         panel_rows<COLS, C>(static_cast<int>(n), a, w, p.H, tile + C0, COLS);
-        for (int r = 0; r < n; ++r)
-          finish_row<PHASE>(panel, s, me.row(i + r), {tile + r * COLS, gx + (i - i0 + r) * COLS, bias + panel * 64}, out);
+        finish_rows<PHASE>(me, panel, s, i, static_cast<int>(n), tile, gx + (i - i0) * COLS);
       }
     }
   }
 
-  template <int PHASE> void finish_row(int64_t panel, int64_t s, int64_t j, Gates<T> a, T* out) {
-    const int64_t u0 = panel * U, t = time(s, j), b = order[j], H = p.H;
+  template <int PHASE> void finish_rows(const Thread& me, int64_t panel, int64_t s, int64_t i, int rows, const T* tile, const T* gx) {
+    const int64_t u0 = panel * U, H = p.H;
     const int n = static_cast<int>(H - u0 < U ? H - u0 : U);
-    T* own = state + j * ldh + u0;
-    T* save = p.reserve ? static_cast<T*>(p.reserve) + (t * p.B + b) * saved(p.cell) * H + u0 : nullptr;
-    if constexpr (PHASE == kReset) {
-      gru_reset_row(a, own, update + j * ldh + u0, out, save, H, n);
-      return store_row(reset_h + j * ldh + u0, out, U);
-    } else {
-      if constexpr (G == 4) lstm_row(a, own, out, save, H, n);
-      else if constexpr (G == 1) rnn_row(p.cell, a, out);
-      else if constexpr (PHASE == kWhole) gru_row(a, own, out, save, H, n);
-      else gru_candidate_row(a, update + j * ldh + u0, own, out, save, H, n);
-      store_row(h[(s + 1) % 2] + j * ldh + u0, out, U);
-      if (n == U) store_row(output(t, b) + u0, out, U);
-      else store_row(output(t, b) + u0, out, n);
-      if (s == len[j] - 1) {
-        store_row(static_cast<S*>(p.h_n) + b * H + u0, out, n);
-        if constexpr (G == 4) store_row(static_cast<S*>(p.c_n) + b * H + u0, own, n);
+    alignas(64) T out[Block<T>::kMost * U];
+    Block<T> a;
+    a.rows = rows, a.n = n, a.ld = COLS, a.H = H, a.tile = tile, a.gx = gx, a.bias = bias + panel * 64, a.out = out;
+    for (int r = 0; r < rows; ++r) {
+      const int64_t j = me.row(i + r);
+      a.state[r] = state + j * ldh + u0;
+      a.update[r] = update + j * ldh + u0;
+      a.save[r] = p.reserve ? static_cast<T*>(p.reserve) + (time(s, j) * p.B + order[j]) * saved(p.cell) * H + u0 : nullptr;
+    }
+    if constexpr (G == 4) lstm_rows(a);
+    else if constexpr (G == 1) rnn_rows(p.cell, a);
+    else if constexpr (PHASE == kWhole) gru_rows(a);
+    else if constexpr (PHASE == kReset) gru_reset_rows(a);
+    else gru_candidate_rows(a);
+    for (int r = 0; r < rows; ++r) {
+      const int64_t j = me.row(i + r), b = order[j];
+      const T* next = out + r * U;
+      if constexpr (PHASE == kReset) {
+        store_row(reset_h + j * ldh + u0, next, U);
+      } else {
+        store_row(h[(s + 1) % 2] + j * ldh + u0, next, U);
+        store_row(output(time(s, j), b) + u0, next, n);
+        if (s == len[j] - 1) {
+          store_row(static_cast<S*>(p.h_n) + b * H + u0, next, n);
+          if constexpr (G == 4) store_row(static_cast<S*>(p.c_n) + b * H + u0, a.state[r], n);
+        }
       }
     }
   }

@@ -1,7 +1,7 @@
 // A few rows, a few steps (the streaming step above all): dot products straight on the row-major weights, nothing packed.
 //
 // Unit by unit: its gates' rows of W_ih and W_hh against up to 4 rows of x and h, 4 x 4 accumulators, lanes summed at the end;
-// sixteen units make a tile for the same pointwise code as the packed path (lstm_row, gru_row, rnn_row).
+// sixteen units make a tile for the same pointwise code as the packed path.
 // Floor: the bytes of the weights, once per 4 rows and step. Threads split the units; one barrier per further step.
 #pragma once
 #include "rnn_cpu_cells.h"
@@ -121,20 +121,23 @@ template <class S, int G> struct StepPass {
         }
       }
     }
+    alignas(64) float out[NB][U];
+    Block<float> a;
+    a.rows = NB, a.n = n, a.ld = 64, a.H = H, a.tile = tile[0], a.gx = gx[0], a.bias = bias, a.out = out[0];
+    for (int i = 0; i < NB; ++i) {
+      a.state[i] = state + (b0 + i) * ldh + u0;
+      a.save[i] = p.reserve ? static_cast<float*>(p.reserve) + (t * p.B + b0 + i) * saved(p.cell) * H + u0 : nullptr;
+    }
+    if constexpr (G == 4) lstm_rows(a);
+    else if constexpr (G == 3) gru_rows(a);
+    else rnn_rows(p.cell, a);
     for (int i = 0; i < NB; ++i) {
       const int64_t b = b0 + i;
-      alignas(64) float out[U];
-      float* own = state + b * ldh + u0;
-      float* save = p.reserve ? static_cast<float*>(p.reserve) + (t * p.B + b) * saved(p.cell) * H + u0 : nullptr;
-      const Gates<float> a{tile[i], gx[i], bias};
-      if constexpr (G == 4) lstm_row(a, own, out, save, H, n);
-      else if constexpr (G == 3) gru_row(a, own, out, save, H, n);
-      else rnn_row(p.cell, a, out);
-      store_row(h[(s + 1) % 2] + b * ldh + u0, out, n);
-      store_row(output(t, b) + u0, out, n);
+      store_row(h[(s + 1) % 2] + b * ldh + u0, out[i], n);
+      store_row(output(t, b) + u0, out[i], n);
       if (s + 1 == p.T) {
-        store_row(static_cast<S*>(p.h_n) + b * H + u0, out, n);
-        if constexpr (G == 4) store_row(static_cast<S*>(p.c_n) + b * H + u0, own, n);
+        store_row(static_cast<S*>(p.h_n) + b * H + u0, out[i], n);
+        if constexpr (G == 4) store_row(static_cast<S*>(p.c_n) + b * H + u0, a.state[i], n);
       }
     }
   }

@@ -2,44 +2,10 @@
 // Schemas, fakes and gradients are defined in pyops/ops/_rnn.py.
 #include "common/tensor.h"
 #include "rnn/rnn.h"
+#include "rnn/rnn_tensors.h"
 
 namespace pyops::rnn {
 namespace {
-
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, "input: expected float32, float64, bfloat16 or float16");
-  }
-}
-
-struct Dims {
-  int64_t T, B, I, H;
-  bool step, batch_first;  // step: input is [B, I], one time step
-};
-
-Dims dims_of(const Tensor& input, const Tensor& weight_hh, bool batch_first) {
-  const bool step = input.dim() == 2;
-  STD_TORCH_CHECK(step || input.dim() == 3, "input: expected [T, B, I], [B, T, I] with batch_first, or [B, I] for one step");
-  STD_TORCH_CHECK(weight_hh.dim() == 2, "weight_hh: expected [G*H, H]");
-  const int t = batch_first ? 1 : 0;
-  return {step ? 1 : input.size(t), input.size(step ? 0 : 1 - t), input.size(step ? 1 : 2), weight_hh.size(1), step, batch_first};
-}
-
-Rows rows(const Tensor& t, const Dims& d) {
-  void* p = const_cast<void*>(t.const_data_ptr());
-  if (d.step) return {p, 0, t.stride(0)};
-  return {p, t.stride(d.batch_first ? 1 : 0), t.stride(d.batch_first ? 0 : 1)};
-}
-
-Tensor empty_rows(const Tensor& like, const Dims& d, int64_t width) {
-  const ScalarType dtype = like.scalar_type();
-  if (d.step) return empty(like, {d.B, width}, dtype);
-  return d.batch_first ? empty(like, {d.B, d.T, width}, dtype) : empty(like, {d.T, d.B, width}, dtype);
-}
 
 // The lengths as the kernels want them. Values are checked here because only here is reading them free.
 const int64_t* lengths_of(const MaybeTensor& lengths, const Dims& d) {
@@ -61,8 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(int64_t cell_id, const Tensor
                                                    const Tensor& weight_ih_, const Tensor& weight_hh_, const MaybeTensor& bias_ih_,
                                                    const MaybeTensor& bias_hh_, const MaybeTensor& lengths_, bool batch_first, bool reverse,
                                                    bool save) {
-  STD_TORCH_CHECK(cell_id >= 0 && cell_id <= static_cast<int64_t>(Cell::rnn_sigmoid), "cell: unknown");
-  const Cell cell = static_cast<Cell>(cell_id);
+  const Cell cell = cell_of(cell_id);
   const Dims d = dims_of(input_, weight_hh_, batch_first);
   const int64_t GH = gates(cell) * d.H;
   check_tensor("weight_ih", weight_ih_, input_, {GH, d.I});
@@ -118,8 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_bwd(int64
                                                                            Tensor output_, Tensor reserve_, MaybeTensor lengths_,
                                                                            bool has_bias, bool batch_first, bool reverse, bool needs_input,
                                                                            bool needs_weights) {
-  STD_TORCH_CHECK(cell_id >= 0 && cell_id <= static_cast<int64_t>(Cell::rnn_sigmoid), "cell: unknown");
-  const Cell cell = static_cast<Cell>(cell_id);
+  const Cell cell = cell_of(cell_id);
   const Dims d = dims_of(input_, weight_hh_, batch_first);
   const int64_t GH = gates(cell) * d.H, T = d.T, B = d.B;
   check_tensor("weight_ih", weight_ih_, input_, {GH, d.I});

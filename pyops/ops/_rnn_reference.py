@@ -89,6 +89,16 @@ def scan_forward(cell: int, gates_x, h0, c0, weight_hh, bias_hh, lengths, revers
     return output, h, c, reserve
 
 
+def reference_layer(cell, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, batch_first, reverse):
+    """The eager backend: plain PyTorch, differentiable any number of times."""
+    single = input.dim() == 2
+    x = input.unsqueeze(0) if single else input.transpose(0, 1) if batch_first else input
+    gates_x = F.linear(x, weight_ih, bias_ih)
+    output, h_n, c_n, _ = scan_forward(cell, gates_x, h0, c0, weight_hh, bias_hh, lengths, reverse, False)
+    output = output.squeeze(0) if single else output.transpose(0, 1) if batch_first else output
+    return output, h_n, c_n
+
+
 def scan_backward(cell: int, grad_output, grad_h_n, grad_c_n, output, h0, c0, weight_hh, reserve, lengths, reverse: bool):
     """(grad_gates_x [T, B, G*H], grad_gates_h or None, grad_h0, grad_c0 or None).
 

@@ -53,7 +53,10 @@ PYOPS_KERNEL(64) reverse_by_async_copy(ReverseParams p) {
   if (p.wait) ptx::cp_async_wait<0>();
   __syncthreads();
   for (int e = 0; e < 4; ++e) p.output[4 * i + e] = shared[4 * mirror + 3 - e];
-  if (!p.wait) ptx::cp_async_wait<0>();
+  if (!p.wait) {
+    __syncthreads();
+    ptx::cp_async_wait<0>();
+  }
 }
 
 struct SumParams {

@@ -16,9 +16,9 @@ from pyops.testing.samples import rnn_peers
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
 
-def tensors(cell: str, T: int, B: int, I: int, H: int, dtype: torch.dtype, device: str):
+def tensors(cell: str, T: int, B: int, I: int, H: int, dtype: torch.dtype, device: str, seed: int = 0):
     """(input [T, B, I], hx, weight_ih, weight_hh, bias_ih, bias_hh), rounded to dtype from the same float64 values."""
-    generator = torch.Generator().manual_seed(1000 * T + 100 * B + 10 * I + H)
+    generator = torch.Generator().manual_seed(10**6 * seed + 1000 * T + 100 * B + 10 * I + H)
     G = GATES[cell]
 
     def rand(*shape, scale=1.0):
@@ -30,9 +30,9 @@ def tensors(cell: str, T: int, B: int, I: int, H: int, dtype: torch.dtype, devic
     return x, (h0, c0) if cell == "lstm" else h0, *weights
 
 
-def sequence(cell: str, T, B, I, H, dtype, device, change: Callable | None = None, **options):
+def sequence(cell: str, T, B, I, H, dtype, device, seed: int = 0, change: Callable | None = None, **options):
     """Arguments of a sequence op; `change(arguments)` edits the positional ones in place."""
-    args = list(tensors(cell, T, B, I, H, dtype, device))
+    args = list(tensors(cell, T, B, I, H, dtype, device, seed))
     if options.get("batch_first"):
         args[0] = args[0].transpose(0, 1).contiguous()
     if change is not None:
@@ -62,7 +62,7 @@ def _expanded(args):  # one row of input for the whole batch, one bias for all g
 
 def samples(cell: str, options: dict) -> tuple[Sample, ...]:
     def sample(id, T, B, I, H, change=None, bench=False, test=True, **more):
-        return Sample(id, lambda dtype, device: sequence(cell, T, B, I, H, dtype, device, change, **options, **more), bench, test)
+        return Sample(id, lambda *how: sequence(cell, T, B, I, H, *how, change=change, **options, **more), bench, test)
 
     return (
         sample("plain", 5, 3, 7, 20),
@@ -96,8 +96,8 @@ def samples(cell: str, options: dict) -> tuple[Sample, ...]:
 
 
 def cell_samples(cell: str) -> tuple[Sample, ...]:
-    def step(B, I, H, change, dtype, device):
-        args, kwargs = sequence(cell, 1, B, I, H, dtype, device, change)
+    def step(B, I, H, change, *how):
+        args, kwargs = sequence(cell, 1, B, I, H, *how, change=change)
         return (args[0][0], *args[1:]), kwargs
 
     def sample(id, B, I, H, change=None, bench=False, test=True):

@@ -1,4 +1,4 @@
-"""`pyops demo`: trains a handwriting classifier twice, with torch.nn's recurrent layer and with pyops', and proves that they agree.
+"""Trains a handwriting classifier twice, with torch.nn's recurrent layer and with pyops', and judges whether they agree.
 
 The data are scikit-learn's bundled digits: 1,797 images of 8 x 8 pixels, read row by row, so a sequence of 8 steps of 8 inputs. Both
 trainings start from the same weights and see the same batches; their epochs alternate, so that the machine's noise hits both.
@@ -21,9 +21,10 @@ import pyops
 from pyops.testing import relative_error, within_gate
 
 CELLS = {"lstm": (nn.LSTM, pyops.nn.LSTM), "gru": (nn.GRU, pyops.nn.GRU), "rnn": (nn.RNN, pyops.nn.RNN)}
-HIDDEN = 128
-BATCH = 64
-LEARNING_RATE = 2e-3
+# With 20 epochs these reach 97.1 % to 99.1 % on the test images for each cell and eight seeds.
+HIDDEN = 64
+BATCH = 32
+LEARNING_RATE = 1e-2  # at its highest: one cycle up and down
 REQUIRED_ACCURACY = 0.95
 # Rounding differences grow as a training goes on, and by how much is luck: two trainings that differ by one unit in the last place of every
 # weight at every step are the yardstick, and the trainings compared may lie this many times as far apart.
@@ -49,24 +50,28 @@ class Training:
 
     name: str
     model: Classifier
+    steps: int  # of the whole training, for the learning rate's cycle
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     accuracy: float = 0.0
     nudged: bool = False  # every weight is moved by one unit in the last place before every step
 
     def __post_init__(self) -> None:
+        self.luck = torch.Generator().manual_seed(0)
         self.optimizer = torch.optim.Adam(self.model.parameters(), LEARNING_RATE)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, LEARNING_RATE, total_steps=self.steps)
 
     def epoch(self, images: Tensor, labels: Tensor, order: Tensor) -> None:
         start = _now(images)
         total = images.new_zeros(())
         for rows in order.split(BATCH):
             if self.nudged:
-                nudge(self.model)
+                nudge(self.model, self.luck)
             self.optimizer.zero_grad()
             loss = F.cross_entropy(self.model(images[rows]), labels[rows])
             loss.backward()
             self.optimizer.step()
+            self.schedule.step()
             total += loss.detach() * len(rows)
         self.seconds.append(_now(images) - start)
         self.losses.append(total.item() / len(order))
@@ -118,25 +123,28 @@ def load_digits(seed: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def run(
     cell: str = "lstm",
     device: str = "cpu",
-    epochs: int = 30,
+    epochs: int = 20,
     backend: str | None = None,
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> Result:
     """The whole demo. `progress` is called after each epoch of each of the two models.
 
-    Raises ValueError for an unknown cell, or a backend that cannot run it here.
+    Raises ValueError for an unknown cell, no epochs, or a backend that cannot run it here.
     """
     if cell not in CELLS:
         raise ValueError(f"demo: cell: expected one of {', '.join(CELLS)}, got {cell!r}")
+    if epochs < 1:
+        raise ValueError(f"demo: epochs: expected 1 or more, got {epochs}")
     train_x, train_y, test_x, test_y = load_digits(seed, device)
     torch.manual_seed(seed)
     theirs, ours = CELLS[cell]
     reference = Classifier(theirs(8, HIDDEN, batch_first=True)).to(device)
     candidate = Classifier(ours(8, HIDDEN, batch_first=True, backend=backend)).to(device)
     candidate.load_state_dict(reference.state_dict())
-    pair = [Training(f"torch.nn.{theirs.__name__}", reference), Training(f"pyops.nn.{ours.__name__}", candidate)]
-    third = Training("nudged", copy.deepcopy(reference), nudged=True)
+    steps = epochs * -(-len(train_x) // BATCH)
+    pair = [Training(f"torch.nn.{theirs.__name__}", reference, steps), Training(f"pyops.nn.{ours.__name__}", candidate, steps)]
+    third = Training("nudged", copy.deepcopy(reference), steps, nudged=True)
     for training in pair:  # the first call of each allocates, picks kernels and starts threads: not the models' speed
         F.cross_entropy(training.model(train_x[:BATCH]), train_y[:BATCH]).backward()
 
@@ -159,8 +167,8 @@ def run(
         cell, device, str(pyops.explain(f"fused_{cell}", *arguments, batch_first=True, backend=backend).chosen), *pair,
         output_difference=(scores[1] - scores[0]).abs().max().item(),
         parameter_difference=(weights[1] - weights[0]).abs().max().item(),
-        drift=relative_error(weights[1], weights[0]),
-        yardstick=relative_error(weights[2], weights[0]),
+        drift=relative_error([(weights[1], weights[0])]),
+        yardstick=relative_error([(weights[2], weights[0])]),
         checks=compare(reference.recurrent, layer, test_x),
         images=test_x, labels=test_y, predictions=scores[1].argmax(1),
     )  # fmt: skip
@@ -186,10 +194,11 @@ def compare(theirs: nn.RNNBase, ours: nn.RNNBase, images: Tensor) -> list[tuple[
         return [("outputs", output), *((f"gradient of {name}", grad) for name, grad in zip(names, grads, strict=True))]
 
     truth, eager, found = evaluate(copy.deepcopy(theirs).double()), evaluate(theirs), evaluate(ours)
-    return [
-        (name, relative_error(e, t), relative_error(f, t), within_gate(f, t, e, torch.float32, gradient=name != "outputs"))
-        for (name, t), (_, e), (_, f) in zip(truth, eager, found, strict=True)
-    ]
+    checks = []
+    for (name, t), (_, e), (_, f) in zip(truth, eager, found, strict=True):
+        wrong = within_gate([(f, t, e)], torch.float32, gradient=name != "outputs")
+        checks.append((name, relative_error([(e, t)]), relative_error([(f, t)]), wrong))
+    return checks
 
 
 def judge(result: Result) -> list[str]:
@@ -200,19 +209,18 @@ def judge(result: Result) -> list[str]:
             found.append(f"{training.name}: test accuracy {training.accuracy:.1%} is below {REQUIRED_ACCURACY:.0%}")
     if not result.drift <= DRIFT_FACTOR * result.yardstick:
         found.append(
-            f"the trained parameters lie {result.drift:.2g} apart (relative), more than {DRIFT_FACTOR:.0f} times the {result.yardstick:.2g} "
-            "that rounding alone makes"
+            f"the trained parameters lie {result.drift:.2g} apart (relative), more than {DRIFT_FACTOR:.0f} times "
+            f"the {result.yardstick:.2g} that rounding alone makes"
         )
     return found
 
 
-def nudge(model: nn.Module) -> None:
-    """Moves every weight to the next number up or down, by the parity of its place."""
+def nudge(model: nn.Module, luck: torch.Generator) -> None:
+    """Moves every weight to the next number above or below, as rounding might."""
     with torch.no_grad():
         for weight in model.parameters():
-            target = torch.full_like(weight, float("inf"))
-            target.view(-1)[::2] = -float("inf")
-            weight.copy_(torch.nextafter(weight, target))
+            up = torch.rand(weight.shape, generator=luck).to(weight.device) < 0.5
+            weight.copy_(torch.nextafter(weight, torch.where(up, torch.inf, -torch.inf).to(weight)))
 
 
 def flat(model: nn.Module) -> Tensor:

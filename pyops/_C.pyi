@@ -1,0 +1,6 @@
+"""pyops' compiled kernels: importing it registers them with torch.ops.pyops."""
+
+from typing import Any
+
+def build_info() -> dict[str, Any]: ...
+def kernel_attributes(name: str = "") -> list[dict[str, Any]]: ...

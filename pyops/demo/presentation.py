@@ -1,0 +1,157 @@
+"""The demo's result, in the terminal and as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from pyops.demo.training import DRIFT_FACTOR, HIDDEN, Result
+from pyops.report import page
+from pyops.report.charts import Series, xy
+from pyops.report.tables import Cell, Table, ratio
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+AGREED = "The two agree, and both read the digits."
+
+
+def sparkline(values: list[float]) -> str:
+    """One block a value, logarithmic: a loss falls over decades."""
+    logs = [math.log(max(value, 1e-12)) for value in values]
+    low, high = min(logs), max(logs)
+    return "".join(BLOCKS[round((value - low) / (high - low or 1) * (len(BLOCKS) - 1))] for value in logs)
+
+
+def losses(result: Result, rows: int = 7) -> Table:
+    """The two loss curves at a few epochs, the first and the last among them."""
+    count = len(result.torch.losses)
+    shown = sorted({round(1 + k * (count - 1) / (rows - 1)) for k in range(rows)})
+    table = Table("Training loss", ["epoch", result.torch.name, result.pyops.name])
+    for epoch in shown:
+        table.rows.append([str(epoch), f"{result.torch.losses[epoch - 1]:.5f}", f"{result.pyops.losses[epoch - 1]:.5f}"])
+    return table
+
+
+def comparison(result: Result) -> Table:
+    table = Table("Side by side", ["", result.torch.name, result.pyops.name])
+    both = (result.torch, result.pyops)
+    times = [f"{statistics.median(training.seconds) * 1e3:.1f} ms" for training in both]
+    table.rows.append(["test accuracy", *(f"{training.accuracy:.2%}" for training in both)])
+    table.rows.append(["time of an epoch (median)", *times])
+    table.rows.append(["speed-up (median over epochs)", "", ratio(result.ratio)])
+    return table
+
+
+def differences(result: Result) -> Table:
+    table = Table("Differences after training", ["", "value"])
+    table.rows = [
+        ["largest in the scores of the test images", f"{result.output_difference:.2e}"],
+        ["largest in the parameters", f"{result.parameter_difference:.2e}"],
+        ["parameters, relative L2", f"{result.drift:.2e}"],
+        [f"allowed: {DRIFT_FACTOR:.0f} times what rounding alone makes ({result.yardstick:.2e})", f"{DRIFT_FACTOR * result.yardstick:.2e}"],
+    ]
+    return table
+
+
+def gate(result: Result) -> Table:
+    table = Table("Error against float64 on the same trained weights", ["relative L2 error of", result.torch.name, result.pyops.name, ""])
+    for name, theirs, ours, wrong in result.checks:
+        table.rows.append([name, f"{theirs:.2e}", f"{ours:.2e}", Cell("too large", "bad", wrong) if wrong else Cell("ok", "good")])
+    return table
+
+
+def show(result: Result, console: Console) -> None:
+    """Prints everything: curves, accuracies, differences, errors, and the verdict."""
+    console.print(f"{result.pyops.name} on {result.device} runs on [bold]{result.runs_on}[/bold]")
+    for training in (result.torch, result.pyops):
+        console.print(f"loss  {sparkline(training.losses)}  {training.losses[-1]:.5f}  {training.name}", highlight=False)
+    for table in (losses(result), comparison(result), differences(result), gate(result)):
+        print_table(table, console)
+    for failure in result.failures:
+        console.print(f"[bold red]failed:[/] {failure}", highlight=False)
+    if not result.failures:
+        console.print(f"[bold green]{AGREED}[/]")
+
+
+def print_table(table: Table, console: Console) -> None:
+    """A report's table in the terminal."""
+    styles = {"good": "green", "bad": "red"}
+    rich = RichTable(title=table.title or None, title_justify="left")
+    for column, header in enumerate(table.headers):
+        rich.add_column(header, justify="left" if column < table.labels else "right", overflow="fold")
+    for row in table.rows:
+        tones = [styles.get(cell.tone) if isinstance(cell, Cell) else None for cell in row]
+        rich.add_row(*(f"[{tone}]{cell}[/]" if tone else str(cell) for cell, tone in zip(row, tones, strict=True)))
+    console.print(rich)
+
+
+def write(result: Result, path: str | Path) -> Path:
+    """Writes the page, and the folders above it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(html(result), encoding="utf-8")
+    return path
+
+
+def html(result: Result) -> str:
+    both = ((result.pyops, 0), (result.torch, 1))
+    legend = [(training.name, color) for training, color in both]
+    # rings around the line's points show where the curves coincide
+    curves = [
+        Series(t.name, [(k + 1.0, loss, f"{t.name}, epoch {k + 1}: {loss:.5f}") for k, loss in enumerate(t.losses)], color, look)
+        for (t, color), look in zip(both, ("line", "rings"), strict=True)
+    ]
+    times = [
+        Series(t.name, [(k + 1.0, s * 1e3, f"{t.name}, epoch {k + 1}: {s * 1e3:.1f} ms") for k, s in enumerate(t.seconds)], color)
+        for t, color in both
+    ]
+    loss_chart = xy(curves, "Training loss", "epoch", "cross-entropy", log_y=True)
+    time_chart = xy(times, "Time of an epoch", "epoch", "ms", from_zero=True)
+    verdict = [(failure, "bad") for failure in result.failures] or [(AGREED, "good")]
+    body = [
+        page.tiles(
+            [
+                (f"{result.pyops.accuracy:.1%}", f"test accuracy, {result.pyops.name}", ""),
+                (f"{result.torch.accuracy:.1%}", f"test accuracy, {result.torch.name}", ""),
+                (str(ratio(result.ratio)), "speed-up of an epoch", ratio(result.ratio).tone),
+                (f"{result.parameter_difference:.1e}", "largest difference in a parameter", ""),
+            ]
+        ),
+        *(page.paragraph(text, tone) for text, tone in verdict),
+        page.grid(
+            [
+                page.figure("Training loss", loss_chart, legend, "Same start, same batches."),
+                page.figure("Time of an epoch", time_chart, legend, "The two models' epochs alternate."),
+            ]
+        ),
+        page.heading("Test images and what pyops' model reads"),
+        digits(result),
+    ]
+    for table in (comparison(result), losses(result), differences(result), gate(result)):
+        body += [page.heading(table.title), page.table(table)]
+    lead = (
+        f"A {result.cell} layer of {HIDDEN} units reads handwritten digits row by row. It is trained twice on {result.device}: "
+        f"with torch.nn, and with pyops, which runs on its {result.runs_on!r} backend."
+    )
+    return page.page("pyops demo", lead, body)
+
+
+def digits(result: Result, count: int = 16) -> str:
+    """A few test images, the misread ones first, each with what the model reads."""
+    wrong = (result.predictions != result.labels).nonzero().flatten().tolist()
+    shown = (wrong + [k for k in range(len(result.labels)) if k not in set(wrong)])[:count]
+    parts = []
+    for place, k in enumerate(shown):
+        left = place * 36
+        for y, row in enumerate(result.images[k].tolist()):
+            for x, ink in enumerate(row):
+                if ink:
+                    parts.append(f'<rect x="{left + 4 * x}" y="{4 * y}" width="4" height="4" class="mark s0" fill-opacity="{ink:.2f}"/>')
+        read, label = int(result.predictions[k]), int(result.labels[k])
+        parts.append(f'<text x="{left + 16}" y="46" text-anchor="middle">{read}{"" if read == label else f" ({label})"}</text>')
+    svg = f'<svg class="chart" viewBox="0 0 {36 * count - 4} 50" role="img" aria-label="test images">{"".join(parts)}</svg>'
+    title = f"{len(wrong)} of {len(result.labels)} are misread"
+    return page.figure(title, svg, caption="In brackets: the right answer, where the model is wrong.")
