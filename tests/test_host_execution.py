@@ -15,8 +15,21 @@ import pytest
 import torch
 
 from .host_execution.harness import (
-    CELLS, CXX, DRIVER, DTYPES, PATHS, PLAIN_FLAGS, ROOT, SANITIZE, SANITIZED_FLAGS, Builder, Problem, assert_as_good_as_eager,
-    checked, kernel_sources, load,
+    CELLS,
+    CXX,
+    DRIVER,
+    DTYPES,
+    PATHS,
+    PLAIN_FLAGS,
+    ROOT,
+    SANITIZE,
+    SANITIZED_FLAGS,
+    Builder,
+    Problem,
+    assert_as_good_as_eager,
+    checked,
+    kernel_sources,
+    load,
 )  # fmt: skip
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler on this host: set CXX or install g++")
@@ -231,7 +244,7 @@ def test_a_barrier_not_reached_by_all_is_a_deadlock(builder, tmp_path):
     driver = [DRIVER / "driver.cpp"]
     faulty = load(with_planted(builder, source, driver, tmp_path / "faulty.so", PLAIN_FLAGS, ["-shared"]))
     faulty.host_machine(1, 1, 163 * 1024)
-    with pytest.raises(RuntimeError, match="deadlock: .*32 of 64 threads reached __syncthreads"):
+    with pytest.raises(RuntimeError, match=r"deadlock: .*32 of 64 threads reached __syncthreads"):
         Problem("lstm", torch.bfloat16, T=3, B=8, H=32).forward(faulty, PATHS["one_cta"])
 
 

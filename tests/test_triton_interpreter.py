@@ -3,6 +3,7 @@
 Run as a script this file is the child: it prints one line of JSON a case, {"id": ..., "missed": null or the reason}.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -29,11 +30,17 @@ SCANS = {
     "lengths_slices": (5, 17, 20, {"lengths": (4, 0, 1, 3) * 4 + (0,)}),
 }
 CHECKS = ("lengths_are_clamped", "save_changes_nothing", "absent_gradients_are_zero", "strides", "nothing_to_do", "integers_are_exact")
-SAMPLES = ("plain", "strided", "expanded", "bias_ih_only", "lengths_batch_first", "no_steps", "no_rows", "no_inputs")
+SAMPLES = ("plain", "strided", "expanded", "bias_ih_only", "lengths_batch_first", "no_steps", "no_rows")
 PUBLIC = ("fused_lstm", "fused_gru", "fused_rnn", "lstm_cell", "gru_cell", "rnn_cell")
 
 IDS = (
-    *(f"scan-{cell}-{dtype}-{name}" for cell in CELLS for dtype in DTYPES for name in SCANS),
+    *(
+        f"scan-{cell}-{dtype}-{name}"
+        for cell in CELLS
+        for dtype in DTYPES
+        for name in SCANS
+        if dtype != "f32" or "slices" not in name  # fp32 has a program per row: nothing new, and slow here
+    ),
     *(f"check-{cell}-{name}" for cell in CELLS for name in CHECKS),
     *(f"public-{public}-{dtype}" for public in PUBLIC for dtype in ("f32", "bf16")),
 )
@@ -124,16 +131,23 @@ def scan(cell: str, dtype: torch.dtype, name: str) -> str | None:
         double = {key: None if t is None else t.double() for key, t in tensors.items()}
         return launch(cell, tensors, lengths, reverse, batch_first), *(reference(cell, t, lengths, reverse) for t in (double, tensors))
 
+    def smooth(draw):  # relu's gradient jumps at zero: where rounding carries an input across, the gradients of a draw say nothing
+        found, truth, eager = (side[0][0] > 0 for side in draw)
+        return cell != "rnn_relu" or (torch.equal(found, truth) and torch.equal(eager, truth))
+
     draws, missed = [], {}
-    for count in (1, 4, 16, 48):
-        draws += [draw(seed) for seed in range(len(draws), count)]
-        missed = {}
-        for gradient in (0, 1):
-            for index in range(4):
-                triples = [tuple(side[gradient][index] for side in each) for each in draws]
-                present = {each is None for triple in triples for each in triple}
-                reason = "present on one side only" if len(present) > 1 else None if True in present else within_gate(triples, dtype, gradient)
-                missed |= {("gradient" if gradient else "result") + f" {index}": reason} if reason else {}
+    for first, last in ((0, 1), (1, 4), (4, 16), (16, 48)):
+        draws += [draw(seed) for seed in range(first, last)]
+        chosen = draws, [each for each in draws if smooth(each)]
+        missed = {} if chosen[1] else {"draws": "relu's inputs have other signs than the truth's in each"}
+        for kind, index in itertools.product((0, 1), range(4)):
+            triples = [tuple(side[kind][index] for side in each) for each in chosen[kind]]
+            present = {value is not None for triple in triples for value in triple}
+            if present == {True, False}:
+                return f"tensor {index} is there on one side only"
+            reason = within_gate(triples, dtype, gradient=kind == 1) if True in present else None
+            if reason is not None:
+                missed[f"{('result', 'gradient')[kind]} {index}"] = reason
         if not missed:
             return None
     return str(missed)

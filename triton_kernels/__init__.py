@@ -2,5 +2,6 @@
 
 if __name__ != "pyops.triton_kernels":
     raise ImportError(
-        f"this folder is the package pyops.triton_kernels, not {__name__!r}: install the project (pip install -e .) and import it by that name"
+        f"this folder is the package pyops.triton_kernels, not {__name__!r}: install the project (pip install -e .) "
+        "and import it by its full name"
     )

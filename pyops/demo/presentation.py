@@ -46,14 +46,13 @@ def comparison(result: Result) -> Table:
 
 
 def differences(result: Result) -> Table:
-    table = Table("Differences after training", ["", "value"])
-    table.rows = [
+    rows: list[list[Cell | str]] = [
         ["largest in the scores of the test images", f"{result.output_difference:.2e}"],
         ["largest in the parameters", f"{result.parameter_difference:.2e}"],
         ["parameters, relative L2", f"{result.drift:.2e}"],
         [f"allowed: {DRIFT_FACTOR:.0f} times what rounding alone makes ({result.yardstick:.2e})", f"{DRIFT_FACTOR * result.yardstick:.2e}"],
     ]
-    return table
+    return Table("Differences after training", ["", "value"], rows)
 
 
 def gate(result: Result) -> Table:
@@ -65,7 +64,7 @@ def gate(result: Result) -> Table:
 
 def show(result: Result, console: Console) -> None:
     """Prints everything: curves, accuracies, differences, errors, and the verdict."""
-    console.print(f"{result.pyops.name} on {result.device} runs on [bold]{result.runs_on}[/bold]")
+    console.print(f"{result.pyops.name}, {result.device} tensors: backend [bold]{result.runs_on}[/]")
     for training in (result.torch, result.pyops):
         console.print(f"loss  {sparkline(training.losses)}  {training.losses[-1]:.5f}  {training.name}", highlight=False)
     for table in (losses(result), comparison(result), differences(result), gate(result)):

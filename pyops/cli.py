@@ -1,0 +1,341 @@
+"""The command line: `pyops env | ops | explain | demo | bench | report`. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from pyops.testing import OpSpec
+
+HELP = "Kernels for PyTorch: what runs here, and how fast."
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+DEVICES = ("cpu", "cuda")
+
+
+def main() -> None:
+    """The entry point `pyops`."""
+    app()
+
+
+def out() -> Console:
+    return Console(file=sys.stdout, highlight=False)
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]pyops:[/] {escape(message)}")
+    raise typer.Exit(code)
+
+
+def one_of(value: str, allowed: tuple[str, ...], name: str) -> str:
+    if value not in allowed:
+        fail(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    return value
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for bug reports and scripts.")] = False) -> None:
+    """Versions, the machine, what was built, and which backends can run here."""
+    from pyops import _environment
+
+    facts = _environment.collect()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    from rich.table import Table
+
+    console = out()
+    for title, rows in environment_rows(facts).items():
+        table = Table(title=title, title_justify="left", show_header=False)
+        for name, value in rows:
+            table.add_row(name, escape(str(value)))
+        console.print(table)
+    table = Table("backend", "runs on", "why not", title="Backends", title_justify="left")
+    for name, found in facts["backends"].items():
+        usable = f"[green]{', '.join(found['devices'])}[/]" if found["devices"] else "[yellow]-[/]"
+        table.add_row(name, usable, escape(found["reason"] or ""))
+    console.print(table)
+    for warning in facts["warnings"]:
+        console.print(f"[bold yellow]warning:[/] {escape(warning)}")
+
+
+def environment_rows(facts: dict[str, Any]) -> dict[str, list[tuple[str, Any]]]:
+    cpu, cuda, build = facts["cpu"], facts["cuda"], facts["build"]
+    gpus = [f"{g['name']}, compute capability {g['capability'][0]}.{g['capability'][1]}, {g['memory_gib']} GiB" for g in cuda["gpus"]]
+    built = [
+        ("kernels", f"{build['mode']} ({build['why']})"),
+        ("loaded", "yes" if build["loaded"] else build["not_loaded"]),
+        ("CUDA architectures", ", ".join(build.get("archs") or []) or "none"),
+    ]
+    labels = {
+        "requested": "PYOPS_BUILD",
+        "cxx": "C++ compiler",
+        "nvcc": "nvcc",
+        "cuda_home": "CUDA toolkit",
+        "built_with_torch": "built with torch",
+        "cpu_isas": "CPU instruction sets",
+        "cpu_isa": "in use",
+    }
+    for key, label in labels.items():
+        if build.get(key):
+            built.append((label, ", ".join(build[key]) if isinstance(build[key], list) else build[key]))
+    return {
+        "Versions": [(name, facts[name] or "not installed") for name in ("pyops", "torch", "triton", "python", "platform")],
+        "Machine": [
+            ("CPU", f"{cpu['model']}, {cpu['cores'] or '?'} cores, {cpu['logical']} logical, torch uses {cpu['threads']} threads"),
+            ("GPU", "\n".join(gpus) or "none that PyTorch can use"),
+            ("CUDA runtime", cuda["runtime"] or "torch is built without CUDA"),
+            ("NVIDIA driver", cuda["driver"] or "none"),
+            *facts["variables"].items(),
+        ],
+        "Build": built,
+    }
+
+
+@app.command()
+def ops() -> None:
+    """Every op, and the dtypes each backend runs it in."""
+    from rich.table import Table
+
+    from pyops.testing import SPECS
+
+    table = Table("op", "backend", *DTYPES, title="Ops", title_justify="left")
+    notes: dict[tuple[str, str], list[str]] = {}
+    for spec in SPECS.values():
+        for name in spec.backends:
+            reasons = [cannot(spec, name, dtype) for dtype in DTYPES]
+            table.add_row(spec.name, name, *("-" if reason else "[green]yes[/]" for reason in reasons))
+            for reason in dict.fromkeys(filter(None, reasons)):
+                notes.setdefault((name, reason), []).append(spec.name)
+        table.add_section()
+    console = out()
+    console.print(table)
+    for (name, reason), names in notes.items():
+        where = "" if len(names) == len(SPECS) else f" ({', '.join(names)})"
+        console.print(f"[bold]{name}[/]{where}: {escape(reason)}", soft_wrap=True)
+
+
+def cannot(spec: OpSpec, backend: str, dtype: str) -> str | None:
+    """Why a backend cannot run the op's first sample in dtype on its own device, or None."""
+    import torch
+
+    import pyops
+    from pyops._environment import HOME
+
+    if getattr(torch, dtype) not in spec.dtypes:
+        return f"no {dtype}"
+    arguments, keywords = sample_arguments(spec, spec.samples[0].id, dtype, HOME[backend])
+    row = dict(pyops.explain(spec.name, *arguments, **keywords).rows)[backend]
+    if row.startswith("cannot: "):
+        return row.removeprefix("cannot: ")
+    needs_gpu = HOME[backend] == "cuda" and not torch.cuda.is_available()
+    return "PyTorch sees no CUDA GPU" if needs_gpu else None
+
+
+def sample_arguments(spec: OpSpec, sample: str, dtype: str, device: str) -> tuple[tuple, dict]:
+    """A registry sample's arguments as fake tensors: no memory, and CUDA ones without a GPU."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    ids = [found.id for found in spec.samples]
+    if sample not in ids:
+        fail(f"--sample: {spec.name} has {', '.join(ids)}; got {sample!r}")
+    made, keywords = spec.samples[ids.index(sample)].make(getattr(torch, dtype), "cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def fake(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+            return tuple(map(fake, value)) if isinstance(value, tuple) else value
+
+        return fake(made), {name: fake(value) for name, value in keywords.items()}
+
+
+@app.command()
+def explain(
+    op: Annotated[str, typer.Argument(help="A public function of pyops, for example fused_lstm.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda; needs no GPU.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "float32",
+    seq: Annotated[int | None, typer.Option(help="Steps of a sequence (recurrent ops).")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows (recurrent ops).")] = None,
+    input_size: Annotated[int | None, typer.Option("--input", help="Input features (recurrent ops).")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Hidden units (recurrent ops).")] = None,
+    sample: Annotated[str | None, typer.Option(help="A sample of the op's registry, instead of sizes.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Ask for one by name.")] = None,
+) -> None:
+    """Which backend a call would run on, and why not the others. Runs nothing and allocates nothing."""
+    import pyops
+    from pyops.testing import SPECS
+
+    one_of(device, DEVICES, "--device")
+    one_of(dtype, DTYPES, "--dtype")
+    spec = SPECS[one_of(op, tuple(SPECS), "OP")]
+    sizes = {"seq": seq, "batch": batch, "input": input_size, "hidden": hidden}
+    if sample is None and spec.family == "rnn":
+        arguments, keywords = recurrent_arguments(spec, dtype, device, sizes)
+    elif any(size is not None for size in sizes.values()):
+        fail("--seq, --batch, --input and --hidden are for recurrent ops without --sample")
+    else:
+        arguments, keywords = sample_arguments(spec, sample or spec.samples[0].id, dtype, device)
+    try:
+        out().print(str(pyops.explain(op, *arguments, **keywords, backend=backend)), markup=False, soft_wrap=True)
+    except ValueError as error:
+        fail(str(error))
+
+
+def recurrent_arguments(spec: OpSpec, dtype: str, device: str, sizes: dict[str, int | None]) -> tuple[tuple, dict]:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if any(size is not None and size < 0 for size in sizes.values()) or sizes["hidden"] == 0:
+        fail("sizes: expected 0 or more, and --hidden 1 or more")
+    T, B, I, H = (default if size is None else size for size, default in zip(sizes.values(), (64, 16, 256, 256), strict=True))
+    (x, _, _, weight_hh, *_), _ = spec.samples[0].make(torch.float32, "cpu")
+    G = weight_hh.shape[0] // weight_hh.shape[1]
+    with FakeTensorMode():
+        shapes = ((B, I) if x.dim() == 2 else (T, B, I)), (G * H, I), (G * H, H)
+        x, weight_ih, weight_hh = (torch.empty(shape, dtype=getattr(torch, dtype), device=device) for shape in shapes)
+    return (x, None, weight_ih, weight_hh), {}
+
+
+@app.command()
+def demo(
+    cell: Annotated[str, typer.Option(help="lstm, gru or rnn.")] = "lstm",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    epochs: Annotated[int, typer.Option(min=1)] = 20,
+    backend: Annotated[str | None, typer.Option(help="Ask for one by name; default: pyops chooses.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the split, the weights and the batches.")] = 0,
+    out_path: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("pyops-demo/index.html"),
+) -> None:
+    """Trains a handwriting classifier with torch.nn and with pyops, side by side: same results, and what it saves.
+
+    Exits with 1 where the two disagree beyond rounding or do not learn to read.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from pyops import demo as found
+
+    one_of(cell, tuple(found.CELLS), "--cell")
+    one_of(device, DEVICES, "--device")
+    if reason := found.missing():
+        fail(reason)
+    require_gpu(device)
+    console = out()
+    columns = (TextColumn("training both models"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("", total=2 * epochs)
+            result = found.run(cell, device, epochs, backend, seed, lambda: progress.advance(task))
+    except ValueError as error:
+        fail(str(error))
+    found.show(result, console)
+    console.print(f"page: {found.write(result, out_path)}", markup=False, soft_wrap=True)
+    if result.failures:
+        raise typer.Exit(1)
+
+
+def require_gpu(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch sees no CUDA GPU here; see `pyops env`")
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option(help="Five rounds a benchmark: minutes, and rough numbers.")] = False,
+    op: Annotated[str | None, typer.Option(help="Only this op.")] = None,
+    out_path: Annotated[Path, typer.Option("--out", help="The JSON file to write.")] = Path("pyops-bench.json"),
+) -> None:
+    """Times every op against its baselines (bench/ of the source checkout), prints the summary and keeps the JSON for `pyops report`."""
+    folder = bench_folder()
+    if op is not None:
+        from pyops.testing import SPECS
+
+        one_of(op, tuple(SPECS), "--op")
+    absent = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
+    if absent:
+        fail("pyops bench runs on pytest-benchmark, which is not installed: pip install pytest pytest-benchmark")
+    import pytest
+
+    from pyops.demo.presentation import print_table
+    from pyops.report import load, tables
+
+    target = out_path.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    console = out()
+    options = [f"--rootdir={folder.parent}", f"--benchmark-json={target}", "--capture=sys"]
+    options += ["--bench-rounds=5"] if quick else []
+    options += ["-k", f"{op}-"] if op else []
+    with Counter(console) as counter, redirect_stdout(StringIO()) as log:
+        code = pytest.main([str(folder), *options], plugins=[counter])
+    if code != 0 or not target.exists():
+        console.print(log.getvalue(), markup=False)
+        fail(f"the benchmarks did not finish (pytest's exit code {int(code)}, its output is above)", 1)
+    print_table(tables.summary(load(target)), console)
+    console.print(f"results: {target}\npage: pyops report {os.path.relpath(target)}", markup=False, soft_wrap=True)
+
+
+def bench_folder() -> Path:
+    """bench/ beside the package's source, else in the current directory."""
+    import pyops
+
+    for root in (Path(pyops.__file__).parent.parent, Path.cwd()):
+        if (root / "bench" / "bench_ops.py").exists():
+            return root / "bench"
+    fail("the benchmarks live in pyops' source checkout: run this in it, or install it with `pip install -e .`")
+
+
+class Counter:
+    """A pytest plugin: a progress bar over the collected benchmarks, in place of pytest's own output."""
+
+    def __init__(self, console: Console):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        # redrawn between benchmarks only: a thread that draws would take time from the one being timed
+        self.progress = Progress(*columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        self.task = self.progress.add_task("collecting", total=None)
+
+    def __enter__(self) -> Counter:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        self.progress.update(self.task, total=len(session.items))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.progress.update(self.task, description=nodeid.rpartition("[")[2].rstrip("]"), refresh=True)
+
+    def pytest_runtest_logfinish(self) -> None:
+        self.progress.advance(self.task)
+
+
+@app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(help="JSON files of pyops bench, or of pytest bench --benchmark-json.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="The folder for report.md and report.html.")] = Path("pyops-report"),
+) -> None:
+    """Turns benchmark results into tables and charts: report.md and one self-contained report.html."""
+    from pyops import report as found
+
+    try:
+        paths = found.write(files, out_dir)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    for path in paths:
+        out().print(str(path), markup=False, soft_wrap=True)
