@@ -136,7 +136,6 @@ def write_ninja(info: dict, build: Path, target: Path) -> Path:
     nvccflags = [
         *common,
         *gencode(info["archs"]),
-        "-lineinfo",
         "--expt-relaxed-constexpr",
         "-ccbin",
         info["cxx"],
@@ -146,6 +145,7 @@ def write_ninja(info: dict, build: Path, target: Path) -> Path:
     ]
     lines = [
         "ninja_required_version = 1.5",
+        f"builddir = {escape(build)}",
         f"cxx = {escape(info['cxx'])}",
         f"nvcc = {escape(info['nvcc'] or 'nvcc')}",
         f"cxxflags = {' '.join(cxxflags)}",

@@ -215,6 +215,7 @@ def demo(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     epochs: Annotated[int, typer.Option(min=1)] = 20,
     backend: Annotated[str | None, typer.Option(help="Ask for one by name; default: pyops chooses.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads for both models; layers this small gain nothing from more.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the split, the weights and the batches.")] = 0,
     out_path: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("pyops-demo/index.html"),
 ) -> None:
@@ -222,6 +223,7 @@ def demo(
 
     Exits with 1 where the two disagree beyond rounding or do not learn to read.
     """
+    import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from pyops import demo as found
@@ -232,6 +234,7 @@ def demo(
         fail(reason)
     require_gpu(device)
     console = out()
+    torch.set_num_threads(threads)
     columns = (TextColumn("training both models"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn())
     try:
         with Progress(*columns, console=console, transient=True) as progress:

@@ -184,8 +184,8 @@ import pytest
 @pytest.mark.parametrize("op", ["fused_lstm-a", "fused_gru-a"])
 def test_op(benchmark, op, request):
     benchmark.pedantic(lambda: FAILING or 1, rounds=request.config.getoption("--bench-rounds"))
-    benchmark.extra_info.update(op=op[:-2], sample="a", dtype="float32", backend="cpu", baselines={"torch.nn": {"median": 1.0, "ratio": 2.0}})
-    benchmark.extra_info["pass"] = "forward"
+    benchmark.extra_info.update(op=op[:-2], sample="a", dtype="float32", backend="cpu")
+    benchmark.extra_info.update({"pass": "forward", "baselines": {"torch.nn": {"median": 1.0, "ratio": 2.0}}})
 '''
 
 
@@ -197,7 +197,8 @@ def checkout(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "conftest.py").write_text(BENCH)
     (folder / "bench_ops.py").write_text(BENCH_OPS.replace("FAILING or ", ""))
-    (folder.parent / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\naddopts = --import-mode=importlib -p no:cacheprovider\n")
+    settings = "[pytest]\npython_files = bench_*.py\naddopts = --import-mode=importlib -p no:cacheprovider\n"
+    (folder.parent / "pytest.ini").write_text(settings)
     monkeypatch.setattr(pyops, "__file__", str(tmp_path / "elsewhere" / "pyops" / "__init__.py"))
     monkeypatch.chdir(folder.parent)
     return folder

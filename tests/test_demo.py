@@ -19,7 +19,7 @@ pytest.importorskip("sklearn")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Layers this small gain nothing from threads, and lose much on a busy machine."""
+    """Layers this small gain nothing from threads, and lose much on a busy machine; `pyops demo` itself changes the number."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

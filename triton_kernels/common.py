@@ -25,7 +25,8 @@ def product(a, weight):
     """a @ weight, accumulated in fp32.  # [B, H] x [H, H] -> [B, H]
 
     16 bits: tensor cores, a rounded to the weight's type. fp32: BLOCK_B is 1, and each thread multiplies the part of the weight it
-    keeps in registers; the tensor cores have no fp32, and a tl.dot without them re-reads the weights from shared memory every step.
+    keeps in registers. The tensor cores have no fp32; a tl.dot without them re-reads the weights from shared memory every step, and
+    Triton 3.9's compiler aborts on one here for sm_90.
     """
     if weight.dtype == tl.float32:
         return tl.sum(a[:, :, None] * weight[None, :, :], axis=1)

@@ -15,19 +15,18 @@ const char* cpu_isa();
 
 int max_threads();  // torch.get_num_threads()
 
-// A barrier for `size` threads; spins, and yields the core after a bound. Zero-initialised, one cache line of its own.
+// One member's part of a barrier, a cache line that only it writes. Members stand in an array, zeroed before first use.
 struct alignas(64) Barrier {
-  int32_t arrived = 0;
-  int32_t generation = 0;
+  int32_t reached[15] = {};  // per round: number of the last barrier it came to
+  int32_t count = 0;         // barriers passed
 };
-void wait(Barrier& barrier, int size);
+// Returns when all `size` members have come. Spins, and yields the core after a bound.
+void wait(Barrier* members, int rank, int size);
 
 struct Team {
   int rank, size;
-  Barrier* all;
-  void sync() const {
-    if (size > 1) wait(*all, size);
-  }
+  Barrier* members;
+  void sync() const { wait(members, rank, size); }
 };
 
 // Runs body(team, context) on up to `threads` threads, the caller being one of them. The pool may grant fewer (nested

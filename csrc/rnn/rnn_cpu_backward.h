@@ -203,11 +203,11 @@ template <class S, int G> struct BackwardPass {
       for (int64_t u = me.panel0 * 64; u < H && u < me.panel1 * 64; ++u) me.bias[k * H + u] = 0;
     for (int64_t s = steps - 1; s >= 0; --s) {
       step<kWhole>(me, s);
-      cpu::wait(barriers[group], split.units);
+      cpu::wait(barriers + group * split.units, unit, split.units);
       if constexpr (G == 3)
         if (reset_before) {
           step<kReset>(me, s);
-          cpu::wait(barriers[group], split.units);
+          cpu::wait(barriers + group * split.units, unit, split.units);
         }
     }
     if (p.grad_h0 && steps > 0) step<kInitial>(me, -1);
@@ -362,7 +362,7 @@ template <class S, int G> void backward(const LayerBackward& p) {
     Pass* pass;
     cpu::Barrier* barriers;
   } context{&pass, block.take<cpu::Barrier>(threads)};
-  for (int i = 0; i < threads; ++i) context.barriers[i].arrived = context.barriers[i].generation = 0;
+  for (int i = 0; i < threads; ++i) context.barriers[i] = {};
   cpu::run_team(threads, [](const Team& team, void* at) {
     auto* c = static_cast<Context*>(at);
     c->pass->run(team, c->barriers);

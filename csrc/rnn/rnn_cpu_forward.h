@@ -232,10 +232,10 @@ template <class S, int G> struct ForwardPass {
             step<kWhole>(me, s, i0, i1, at);
           } else if constexpr (G == 3) {
             step<kReset>(me, s, i0, i1, at);
-            cpu::wait(barriers[group], split.units);
+            cpu::wait(barriers + group * split.units, unit, split.units);
             step<kCandidate>(me, s, i0, i1, at);
           }
-          if (i0 + chunk_rows >= alive) cpu::wait(barriers[group], split.units);
+          if (i0 + chunk_rows >= alive) cpu::wait(barriers + group * split.units, unit, split.units);
         }
       }
     }
@@ -257,7 +257,7 @@ template <class S, int G> void forward_sequence(const LayerForward& p) {
     Pass* pass;
     cpu::Barrier* barriers;
   } context{&pass, block.take<cpu::Barrier>(threads)};
-  for (int i = 0; i < threads; ++i) context.barriers[i].arrived = context.barriers[i].generation = 0;
+  for (int i = 0; i < threads; ++i) context.barriers[i] = {};
   sort_rows(p.lengths, p.T, p.B, pass.order, pass.len);
   cpu::run_team(threads, [](const Team& team, void* at) {
     auto* c = static_cast<Context*>(at);

@@ -42,6 +42,7 @@ def comparison(result: Result) -> Table:
     table.rows.append(["test accuracy", *(f"{training.accuracy:.2%}" for training in both)])
     table.rows.append(["time of an epoch (median)", *times])
     table.rows.append(["speed-up (median over epochs)", "", ratio(result.ratio)])
+    table.rows.append(["speed-up, the middle half of the epochs", "", " to ".join(str(ratio(value)) for value in result.ratio_range)])
     return table
 
 
@@ -132,7 +133,7 @@ def html(result: Result) -> str:
     for table in (comparison(result), losses(result), differences(result), gate(result)):
         body += [page.heading(table.title), page.table(table)]
     lead = (
-        f"A {result.cell} layer of {HIDDEN} units reads handwritten digits row by row. It is trained twice on {result.device}: "
+        f"A recurrent layer ({result.cell}) of {HIDDEN} units reads handwritten digits row by row. It is trained twice on {result.device}: "
         f"with torch.nn, and with pyops, which runs on its {result.runs_on!r} backend."
     )
     return page.page("pyops demo", lead, body)
@@ -150,7 +151,8 @@ def digits(result: Result, count: int = 16) -> str:
                 if ink:
                     parts.append(f'<rect x="{left + 4 * x}" y="{4 * y}" width="4" height="4" class="mark s0" fill-opacity="{ink:.2f}"/>')
         read, label = int(result.predictions[k]), int(result.labels[k])
-        parts.append(f'<text x="{left + 16}" y="46" text-anchor="middle">{read}{"" if read == label else f" ({label})"}</text>')
-    svg = f'<svg class="chart" viewBox="0 0 {36 * count - 4} 50" role="img" aria-label="test images">{"".join(parts)}</svg>'
+        answer = "" if read == label else f" ({label})"
+        parts.append(f'<text x="{left + 16}" y="42" text-anchor="middle" class="digit">{read}{answer}</text>')
+    svg = f'<svg class="chart" viewBox="0 0 {36 * count - 4} 46" role="img" aria-label="test images">{"".join(parts)}</svg>'
     title = f"{len(wrong)} of {len(result.labels)} are misread"
     return page.figure(title, svg, caption="In brackets: the right answer, where the model is wrong.")

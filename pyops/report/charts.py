@@ -46,7 +46,7 @@ class Axis:
                     found = [k * 10.0**d for d in decades for k in multiples if self.low <= k * 10.0**d <= self.high]
         if len(found) >= 2:
             return found[:: math.ceil(len(found) / 8)]
-        step = 10 ** math.floor(math.log10((self.high - self.low) / 2))  # also for a logarithmic axis too short for its own ticks
+        step = 10 ** math.floor(math.log10((self.high - self.low) / 5))  # also for a logarithmic axis too short for its own ticks
         step = next(step * k for k in (1, 2, 5, 10, 20) if (self.high - self.low) / (step * k) <= 6)
         return [float(f"{k * step:.12g}") for k in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
 

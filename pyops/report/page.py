@@ -40,7 +40,7 @@ figure h4{margin:0 0 4px;font-size:14px}figcaption{font-size:13px;margin-top:4px
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:2px 16px;margin:0 0 6px;padding:0;font-size:13px;color:var(--muted)}
 .legend i{display:inline-block;width:10px;height:10px;margin-right:6px;border-radius:50%;background:var(--c)}
 .chart{display:block;width:100%;height:auto}.chart text{fill:var(--ink);font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-.chart .tick{fill:var(--muted)}.chart .value{font-size:11px;fill:var(--muted)}
+.chart .tick{fill:var(--muted)}.chart .value{font-size:11px;fill:var(--muted)}.chart .digit{font-size:7px}
 .chart .grid{stroke:var(--edge)}.chart .axis{stroke:var(--muted)}.chart .mark{fill:var(--c)}
 .chart .ring{fill:var(--panel);stroke:var(--c);stroke-width:2}.chart .line{fill:none;stroke:var(--c);stroke-width:2;stroke-linejoin:round}
 .chart .roof{fill:none;stroke:var(--muted);stroke-width:1.5;stroke-dasharray:5 4}
