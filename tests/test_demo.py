@@ -70,7 +70,7 @@ def test_a_broken_kernel_fails(tmp_path, monkeypatch, size):
         return output * (1 + size), *states
 
     monkeypatch.setattr(_rnn, "run", wrong)
-    result = invoke("--out", tmp_path / "index.html", "--epochs", 12)
+    result = invoke("--out", tmp_path / "index.html", "--epochs", 2)
     assert result.exit_code == 1, result.output
     assert "failed: outputs of pyops' layer: relative error" in result.output
     assert "The two agree" not in result.output

@@ -30,7 +30,7 @@ SCANS = {
     "lengths_slices": (5, 17, 20, {"lengths": (4, 0, 1, 3) * 4 + (0,)}),
 }
 CHECKS = ("lengths_are_clamped", "save_changes_nothing", "absent_gradients_are_zero", "strides", "nothing_to_do", "integers_are_exact")
-SAMPLES = ("plain", "strided", "expanded", "bias_ih_only", "lengths_batch_first", "no_steps", "no_rows")
+SAMPLES = ("plain", "strided", "expanded", "bias_ih_only", "lengths_batch_first", "no_steps", "no_rows", "no_inputs")
 PUBLIC = ("fused_lstm", "fused_gru", "fused_rnn", "lstm_cell", "gru_cell", "rnn_cell")
 
 IDS = (

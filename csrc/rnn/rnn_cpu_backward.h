@@ -4,10 +4,11 @@
 // 1. From the last step to the first: dh = dy + dgates_{s+1} W_hh (panels of 64 units, K = G*H), pointwise, dgates of every token
 //    kept, [tokens][D*H]. Threads split the panels as in forward; one barrier a step (reset-before GRU: two).
 //      lstm, rnn, gru_reset_before  D = G, torch's gate order; input and hidden side see the same gradient
-//      gru                          D = 4: dn*r, dr, dz, dn. Hidden side: the first three (so W_hh is packed n, r, z), input side: the last three
+//      gru                          D = 4: dn*r, dr, dz, dn. The hidden side sees the first three (W_hh is packed n, r, z), the
+//                                   input side the last three
 // 2. grad_input = dgates W_ih, tokens split among the threads.
-// 3. grad_weight = dgates^T [x | h_{t-1}]: rows split among the threads, K-blocks of 256 tokens in fixed order (the same bits with
-//    any number of threads); dgates^T packed 48 x 256 (48 KiB, L1/L2), activations 256 x 512 (512 KiB, L2).
+// 3. grad_weight = dgates^T [x | h_{t-1}]: rows split among the threads, K-blocks of 256 tokens in fixed order (the same bits
+//    with any number of threads); dgates^T packed 48 x 256 (48 KiB, L1/L2), activations 256 x 512 (512 KiB, L2).
 // Floor: 2 * tokens * G*H * (I+H) flops each for 1+2 and for 3; 2 needs dgates from memory once, 3 twice.
 #pragma once
 #include "rnn_cpu_backward_cells.h"

@@ -1,8 +1,8 @@
 // One recurrent layer forward on the CPU: the whole sequence in one parallel region.
 //
 // Layouts: weights become panels [panel][K][64 or 48], a panel being G gates x 16 units (rnn: 64 units), so that one GEMM tile
-// holds every gate of its units and the pointwise part follows while the tile is in L1. h lives in a double buffer [2][B][ldh] of the GEMM's
-// type, c (and the GRU's h in full precision) in [B][ldh].
+// holds every gate of its units and the pointwise part follows while the tile is in L1. h lives in a double buffer
+// [2][B][ldh] of the GEMM's type, c (and the GRU's h in full precision) in [B][ldh].
 // Threads split the panels. For each chunk of steps a thread computes x W_ih^T of its own panels (no barrier: only it reads
 // them) into gates [panel][chunk row][64 or 48], sized to stay in L2, then walks the steps with one barrier each (reset-before GRU: two).
 // Floors: flops 2*T*B*G*H*(I+H) over peak; at B = 1 the bytes of W_hh from L2, T times.

@@ -83,7 +83,10 @@ def _triton_unsupported(facts: Facts) -> str | None:
         return f"it needs CUDA tensors (or TRITON_INTERPRET=1), these are on {facts.device}"
     from pyops.triton_kernels import recurrent_limits  # plain facts: imports neither triton nor the driver
 
-    return recurrent_limits.supports(Cell(facts.cell).name, facts.dtype, facts.H)
+    limit = recurrent_limits.SHARED_MEMORY_SM80
+    if facts.device == "cuda" and torch.cuda.is_available():
+        limit = torch.cuda.get_device_properties().shared_memory_per_block_optin
+    return recurrent_limits.supports(Cell(facts.cell).name, facts.dtype, facts.H, limit)
 
 
 def order(facts: Facts) -> tuple[str, ...]:

@@ -209,7 +209,7 @@ def layer_backward(
     if needs_weights:
         time_major = output.transpose(0, 1) if batch_first else output
         h = previous_states(time_major, h0, lengths, reverse).reshape(-1, H)
-        x = (input.transpose(0, 1) if batch_first else input).reshape(-1, input.shape[2])
+        x = (input.transpose(0, 1) if batch_first else input).flatten(0, 1)
         d = (dx.transpose(0, 1) if batch_first else dx).reshape(-1, GATES[cell] * H)
         grad_weight_ih = d.t() @ x
         if cell == Cell.gru:

@@ -88,7 +88,7 @@ def speedup_bars(rows: list[tuple[str, list[tuple[str, int, float | None]]]], ti
     """
     found = [value for _, bars in rows for _, _, value in bars if value]
     gutter, bar, gap, foot = 150.0, 13.0, 9.0, 24.0
-    across = Axis(min([0.5, *found]) / 1.1, max([2.0, *found]) * 1.3, gutter, WIDTH - 12.0, True)
+    across = Axis(min([0.5, *found]) / 1.1, max([2.0, *found]), gutter, WIDTH - 52.0, True)  # room for the numbers
     height = sum(len(bars) * bar + gap for _, bars in rows) + gap
     parts = []
     first, last = math.ceil(math.log2(across.low)), math.floor(math.log2(across.high))

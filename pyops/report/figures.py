@@ -85,7 +85,7 @@ def rooflines(run: Run) -> list[str]:
                 points = [
                     (e.flops / e.bytes, e.gflops, f"{op} {e.sample} {direction}: {significant(e.gflops)} GFLOP/s")  # type: ignore[operator]
                     for e in placed
-                    if e.op == op and (e.direction == "training") == (direction == "training")
+                    if e.gflops and e.bytes and e.op == op and (e.direction == "training") == (direction == "training")
                 ]
                 if points:
                     series.append(Series(op, points, ops.index(op) % page.COLORS, look))
