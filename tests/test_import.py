@@ -119,6 +119,8 @@ ALLOWED = {
     "pyops/nn": {"pyops", "pyops._backends", "pyops.ops", "pyops.nn"},
     "models": {"pyops", "pyops.nn", "pyops.models"},
     "pyops/testing": {"pyops", "pyops.ops", "pyops.testing", "pyops.nn"},
+    "pyops/report": {"pyops", "pyops.report"},
+    "pyops/demo": {"pyops", "pyops.nn", "pyops.report", "pyops.testing", "pyops.demo"},
 }
 
 
