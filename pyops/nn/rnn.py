@@ -108,7 +108,11 @@ class _Sequence(torch.nn.RNNBase):
 
     def _layers(self, x, hx, lengths, batch_first: bool):
         """(output, h_n [L*D, B, H], c_n or None) of the whole stack."""
-        weights = self._flat_weights if not self._weights_have_moved() else [getattr(self, name) for name in self._flat_weights_names]
+        name, own, weights = type(self).__name__, self._parameters, self._flat_weights
+        for key, weight in zip(self._flat_weights_names, weights):  # noqa: B905  (as long by construction, and a check costs)
+            if own.get(key) is not weight:  # replaced behind torch's list: parametrisation, functional_call, pruning
+                weights = [getattr(self, key) for key in self._flat_weights_names]
+                break
         directions, each, cell = 2 if self.bidirectional else 1, 4 if self.bias else 2, self._cell()
         h0, c0 = hx if self.mode == "LSTM" and hx is not None else (hx, None)
         h_n: list[Tensor] = []
@@ -117,10 +121,10 @@ class _Sequence(torch.nn.RNNBase):
             outputs = []
             for direction in range(directions):
                 k = layer * directions + direction
-                w_ih, w_hh, *biases = weights[k * each : (k + 1) * each]
-                b_ih, b_hh = biases or (None, None)
+                at = k * each
+                b_ih, b_hh = (weights[at + 2], weights[at + 3]) if each == 4 else (None, None)
                 y, h, c = _rnn.run(
-                    type(self).__name__, cell, x, None if h0 is None else h0[k], None if c0 is None else c0[k], w_ih, w_hh, b_ih, b_hh,
+                    name, cell, x, None if h0 is None else h0[k], None if c0 is None else c0[k], weights[at], weights[at + 1], b_ih, b_hh,
                     batch_first, direction == 1, lengths, self.backend,
                 )  # fmt: skip
                 outputs.append(y)
@@ -134,11 +138,6 @@ class _Sequence(torch.nn.RNNBase):
         if self.mode != "LSTM":
             return x, h, None
         return x, h, c_n[0].unsqueeze(0) if single else torch.stack(c_n)
-
-    def _weights_have_moved(self) -> bool:
-        """Whether a parameter was replaced behind torch's list of them (parametrisation, functional_call, pruning)."""
-        found = self._parameters
-        return any(found.get(name) is not weight for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=True))
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", backend={self.backend!r}" if self.backend else "")

@@ -19,6 +19,11 @@ from pyops.ops import _rnn_ops  # noqa: F401  (registers the torch ops)
 from pyops.ops._rnn_reference import GATES, Cell, reference_layer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FORWARD = {  # by overload and by whether a gradient will be asked for
+    (overload, needs_grad): getattr(torch.ops.pyops.rnn_fwd if needs_grad else torch.ops.pyops.rnn_infer, overload)
+    for overload in ("default", "triton")
+    for needs_grad in (False, True)
+}
 VENDOR: dict[int, Callable] = {Cell.lstm: torch.lstm, Cell.gru: torch.gru, Cell.rnn_tanh: torch.rnn_tanh, Cell.rnn_relu: torch.rnn_relu}
 ORDER = {
     "cpu": ("cpu", "vendor", "eager"),
@@ -123,10 +128,11 @@ def run(op, cell, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, batch_f
         raise TypeError(f"{op}: input: expected a Tensor, got {type(input).__name__}")
     tensors = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
     compiling = torch.compiler.is_compiling()
-    if _cpu_settled and backend is None and input.is_cpu and not compiling and not _backends.overridden():
+    if _cpu_settled and backend is None and not compiling and input.is_cpu and not _backends.overridden():
         # The kernel's own checks come first here, and cost nothing; only when they object is the long message put together.
         try:
-            results = _call("default", cell, *_autocast(tensors), lengths, batch_first, reverse)
+            cast = _autocast(tensors) if torch.is_autocast_enabled("cpu") else tensors
+            results = _call("default", cell, *cast, lengths, batch_first, reverse)
             if results[0].is_cpu:
                 return results
         except (RuntimeError, AttributeError):
@@ -146,10 +152,8 @@ def run(op, cell, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, batch_f
 
 def _call(overload, cell, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, batch_first, reverse):
     args = (int(cell), input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, batch_first, reverse)
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
-        results = getattr(torch.ops.pyops.rnn_fwd, overload)(*args)
-    else:
-        results = getattr(torch.ops.pyops.rnn_infer, overload)(*args)
+    needs_grad = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+    results = FORWARD[overload, needs_grad](*args)
     return results[0], results[1], results[2] if cell == Cell.lstm else None
 
 
