@@ -172,13 +172,13 @@ def test_explain_options():
 
 # ---------------------------------------------------------------------------------------------------------------- bench, report
 
-BENCH = '''
+BENCH = """
 import pytest, sys
 
 def pytest_addoption(parser):
     parser.addoption("--bench-rounds", type=int, default=11)
-'''
-BENCH_OPS = '''
+"""
+BENCH_OPS = """
 import pytest
 
 @pytest.mark.parametrize("op", ["fused_lstm-a", "fused_gru-a"])
@@ -186,7 +186,7 @@ def test_op(benchmark, op, request):
     benchmark.pedantic(lambda: FAILING or 1, rounds=request.config.getoption("--bench-rounds"))
     benchmark.extra_info.update(op=op[:-2], sample="a", dtype="float32", backend="cpu")
     benchmark.extra_info.update({"pass": "forward", "baselines": {"torch.nn": {"median": 1.0, "ratio": 2.0}}})
-'''
+"""
 
 
 @pytest.fixture

@@ -131,5 +131,3 @@ def test_run_says_what_is_wrong():
 def test_sparkline():
     assert demo.presentation.sparkline([1.0, 0.1, 0.01]) == "█▅▁"
     assert demo.presentation.sparkline([0.5, 0.5]) == "▁▁"
-
-

@@ -93,8 +93,8 @@ def scan_backward(
             extra = (output, _dense(h0), grad_gates_h, *y_strides, cell == "gru_reset_before")
             gru_backward_kernel[grid](*before, reserve, grad_gates_x, grad_h0, *sizes, *extra, REVERSE=reverse, **config)
         else:
-            extra = (*y_strides, cell[len("rnn_") :])
-            rnn_backward_kernel[grid](*before, output, grad_gates_x, grad_h0, *sizes, *extra, REVERSE=reverse, **config)
+            activation = cell[len("rnn_") :]
+            rnn_backward_kernel[grid](*before, output, grad_gates_x, grad_h0, *sizes, *y_strides, activation, REVERSE=reverse, **config)
     return grad_gates_x, grad_gates_h, grad_h0, grad_c0
 
 

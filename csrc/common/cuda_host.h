@@ -32,10 +32,18 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 typedef struct CUstream_st* cudaStream_t;
 
 namespace pyops::host {
@@ -102,7 +110,7 @@ struct Fiber;
 
 struct Barrier {
   int expected = 0;
-  const char* what = "";        // the operation the waiting threads are in
+  const char* what = "";  // the operation the waiting threads are in
   std::vector<Fiber*> waiting;
 };
 
@@ -387,10 +395,15 @@ inline T __shfl_xor_sync(unsigned, T value, int mask) {
 }
 template <class T>
 inline T __shfl_sync(unsigned, T value, int source) {
-  struct Lane { T value; int source; };
-  return pyops::host::warp_operation("__shfl_sync", Lane{value, source}, [&](Lane* lanes) {
-    T old[pyops::host::kWarp];
-    for (int i = 0; i < pyops::host::kWarp; ++i) old[i] = lanes[i].value;
-    for (int i = 0; i < pyops::host::kWarp; ++i) lanes[i].value = old[lanes[i].source & 31];
-  }).value;
+  struct Lane {
+    T value;
+    int source;
+  };
+  return pyops::host::warp_operation("__shfl_sync", Lane{value, source},
+                                     [&](Lane* lanes) {
+                                       T old[pyops::host::kWarp];
+                                       for (int i = 0; i < pyops::host::kWarp; ++i) old[i] = lanes[i].value;
+                                       for (int i = 0; i < pyops::host::kWarp; ++i) lanes[i].value = old[lanes[i].source & 31];
+                                     })
+      .value;
 }

@@ -35,7 +35,10 @@ inline float half_of(uint32_t pair, int which) {
 
 template <class T>
 inline void mma_m16n8k16(T, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  struct Lane { float c[4]; uint32_t a[4], b[2]; };
+  struct Lane {
+    float c[4];
+    uint32_t a[4], b[2];
+  };
   const Lane mine{{c[0], c[1], c[2], c[3]}, {a0, a1, a2, a3}, {b0, b1}};
   const Lane result = host::warp_operation("mma.m16n8k16", mine, [](Lane* lanes) {
     float a[16][16], b[16][8];
@@ -59,7 +62,10 @@ inline void mma_m16n8k16(T, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2
 
 template <bool kTrans>
 inline void ldmatrix(uint32_t (&r)[4], const void* row) {
-  struct Lane { const void* row; uint32_t r[4]; };
+  struct Lane {
+    const void* row;
+    uint32_t r[4];
+  };
   if (reinterpret_cast<uintptr_t>(row) % 16) throw std::runtime_error("ldmatrix: row not 16-byte aligned");
   const Lane result = host::warp_operation("ldmatrix", Lane{row, {}}, [](Lane* lanes) {
     for (int lane = 0; lane < 32; ++lane)

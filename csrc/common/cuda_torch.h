@@ -41,8 +41,6 @@ class DeviceGuard {
 };
 
 // Uninitialised device memory from torch's allocator, 256-byte aligned as its blocks are.
-inline Tensor scratch(const Tensor& like, size_t bytes) {
-  return empty(like, {static_cast<int64_t>((bytes + 3) / 4)}, ScalarType::Float);
-}
+inline Tensor scratch(const Tensor& like, size_t bytes) { return empty(like, {static_cast<int64_t>((bytes + 3) / 4)}, ScalarType::Float); }
 
 }  // namespace pyops

@@ -28,10 +28,15 @@ constexpr int kWarpSize = 32;
 
 // 16-bit floats as storage; all arithmetic is float. Not CUDA's classes: their headers cost seconds per file and do not
 // exist for the host compiler.
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
-template <class T> constexpr bool is_16bit = sizeof(T) == 2;
+template <class T>
+constexpr bool is_16bit = sizeof(T) == 2;
 
 PYOPS_DEVICE float bits_to_float(uint32_t bits) {
   float value;
@@ -87,8 +92,12 @@ PYOPS_DEVICE float fast_divide(float x, float y) {
 }
 
 template <class A, class B>
-PYOPS_HOST_DEVICE constexpr auto ceil_div(A a, B b) { return (a + b - 1) / b; }
+PYOPS_HOST_DEVICE constexpr auto ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
 template <class A, class B>
-PYOPS_HOST_DEVICE constexpr auto round_up(A a, B b) { return ceil_div(a, b) * b; }
+PYOPS_HOST_DEVICE constexpr auto round_up(A a, B b) {
+  return ceil_div(a, b) * b;
+}
 
 }  // namespace pyops

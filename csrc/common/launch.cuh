@@ -37,8 +37,7 @@ inline DeviceLimits device_limits() {
     std::vector<DeviceLimits> all(count);
     for (int i = 0; i < count; ++i) {
       check_cuda(cudaDeviceGetAttribute(&all[i].sm_count, cudaDevAttrMultiProcessorCount, i), "cudaDeviceGetAttribute");
-      check_cuda(cudaDeviceGetAttribute(&all[i].shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, i),
-                 "cudaDeviceGetAttribute");
+      check_cuda(cudaDeviceGetAttribute(&all[i].shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, i), "cudaDeviceGetAttribute");
     }
     return all;
   }();
@@ -51,14 +50,12 @@ template <class Params>
 void launch(const char* name, void (*kernel)(Params), const LaunchShape& shape, cudaStream_t stream, const Params& params) {
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shape.shared_bytes > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)),
-               name);
+    check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)), name);
   Params copy = params;
   void* arguments[] = {&copy};
   if (shape.cooperative)
     check_cuda(cudaLaunchCooperativeKernel(function, shape.grid, dim3(shape.threads), arguments, shape.shared_bytes, stream), name);
-  else
-    check_cuda(cudaLaunchKernel(function, shape.grid, dim3(shape.threads), arguments, shape.shared_bytes, stream), name);
+  else check_cuda(cudaLaunchKernel(function, shape.grid, dim3(shape.threads), arguments, shape.shared_bytes, stream), name);
 }
 
 inline void zero_async(void* pointer, size_t bytes, cudaStream_t stream) {
@@ -68,8 +65,7 @@ inline void zero_async(void* pointer, size_t bytes, cudaStream_t stream) {
 // `rows` rows of `width` bytes, device to device; pitches in bytes.
 inline void copy_rows_async(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows,
                             cudaStream_t stream) {
-  check_cuda(cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, width, rows, cudaMemcpyDeviceToDevice, stream),
-             "cudaMemcpy2DAsync");
+  check_cuda(cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, width, rows, cudaMemcpyDeviceToDevice, stream), "cudaMemcpy2DAsync");
 }
 
 #else
@@ -83,8 +79,7 @@ void launch(const char*, void (*kernel)(Params), const LaunchShape& shape, cudaS
 
 inline void zero_async(void* pointer, size_t bytes, cudaStream_t) { std::memset(pointer, 0, bytes); }
 
-inline void copy_rows_async(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows,
-                            cudaStream_t) {
+inline void copy_rows_async(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows, cudaStream_t) {
   for (size_t i = 0; i < rows; ++i)
     std::memcpy(static_cast<char*>(to) + i * to_pitch, static_cast<const char*>(from) + i * from_pitch, width);
 }

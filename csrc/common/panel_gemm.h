@@ -21,15 +21,32 @@ constexpr bool kBf16Pairs = true;
 #else
 constexpr bool kBf16Pairs = false;
 #endif
-template <class S> struct Gemm { using Elem = float; using Real = float; };
-template <> struct Gemm<double> { using Elem = double; using Real = double; };
+template <class S>
+struct Gemm {
+  using Elem = float;
+  using Real = float;
+};
+template <>
+struct Gemm<double> {
+  using Elem = double;
+  using Real = double;
+};
 #if defined(__AVX512BF16__)
-template <> struct Gemm<bf16> { using Elem = bf16; using Real = float; };
+template <>
+struct Gemm<bf16> {
+  using Elem = bf16;
+  using Real = float;
+};
 #endif
 
-template <class E> constexpr int kPair = sizeof(E) == 2 ? 2 : 1;  // elements of K in one lane
-template <class E> using Lane = std::conditional_t<sizeof(E) == 8, double, float>;
-template <class E> inline int64_t lanes_of(int64_t K) { return (K + kPair<E> - 1) / kPair<E>; }
+template <class E>
+constexpr int kPair = sizeof(E) == 2 ? 2 : 1;  // elements of K in one lane
+template <class E>
+using Lane = std::conditional_t<sizeof(E) == 8, double, float>;
+template <class E>
+inline int64_t lanes_of(int64_t K) {
+  return (K + kPair<E> - 1) / kPair<E>;
+}
 
 #if defined(__AVX512F__)
 constexpr int kMaxVectors = 4;
@@ -45,12 +62,14 @@ constexpr int kMaxVectors = 2;
 inline int64_t block_k(int64_t lanes) { return lanes <= 128 ? 16 : lanes < 256 ? 32 : 64; }
 
 // Columns taken in one pass, and rows that keep every accumulator in a register.
-template <class E, int COLS> constexpr int kPassVectors = [] {
+template <class E, int COLS>
+constexpr int kPassVectors = [] {
   int v = COLS / Simd<Lane<E>>::N;
   while (v > kMaxVectors) v = v % 2 ? v / 3 : v / 2;
   return v;
 }();
-template <class E, int COLS> constexpr int kRows = kMaxVectors == 4 && kPassVectors<E, COLS> <= 3 ? 8 : 6;
+template <class E, int COLS>
+constexpr int kRows = kMaxVectors == 4 && kPassVectors<E, COLS> <= 3 ? 8 : 6;
 
 template <int R, int NV, int LD, class E>
 [[gnu::noinline]] void tile_kernel(const E* const* a, const E* panel, int64_t K, Lane<E>* out, int64_t ldo, bool accumulate) {
@@ -125,12 +144,14 @@ inline int block_rows(int64_t left, int most) {
 // --------------------------------------------------------------------------------------------------------- packing
 
 // One vector of lanes from storage.
-template <class E, class S> inline Vec<Lane<E>> load_whole(const S* p) {
+template <class E, class S>
+inline Vec<Lane<E>> load_whole(const S* p) {
   if constexpr (sizeof(E) == 2) return load(reinterpret_cast<const float*>(p));
   else return load_as(p, E{});
 }
 // The same from element k of a row of `width` elements; zero beyond the row.
-template <class E, class S> inline Vec<Lane<E>> load_lanes(const S* row, int64_t k, int64_t width) {
+template <class E, class S>
+inline Vec<Lane<E>> load_lanes(const S* row, int64_t k, int64_t width) {
   constexpr int count = Simd<Lane<E>>::N * kPair<E>;
   S tail[count] = {};
   if (k + count > width) {

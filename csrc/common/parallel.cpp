@@ -53,8 +53,8 @@ const char* choose_isa() {
   if (const char* wanted = std::getenv("PYOPS_CPU_ISA"); wanted && *wanted) {
     for (const char* isa : {"avx512", "avx2", "baseline"})
       if (!std::strcmp(wanted, isa) && supported(isa)) return isa;
-    throw std::runtime_error(std::string("PYOPS_CPU_ISA=") + wanted + ": this machine supports" +
-                             (supported("avx512") ? " avx512" : "") + (supported("avx2") ? " avx2" : "") + " baseline");
+    throw std::runtime_error(std::string("PYOPS_CPU_ISA=") + wanted + ": this machine supports" + (supported("avx512") ? " avx512" : "") +
+                             (supported("avx2") ? " avx2" : "") + " baseline");
   }
   return supported("avx512") ? "avx512" : supported("avx2") ? "avx2" : "baseline";
 }

@@ -27,33 +27,51 @@ constexpr int kVecBytes = 32;
 constexpr int kVecBytes = 16;
 #endif
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
-template <class T> struct Simd;
-template <> struct Simd<float> {
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
   typedef float V __attribute__((vector_size(kVecBytes)));
   typedef float U __attribute__((vector_size(kVecBytes), aligned(1), may_alias));
   typedef int32_t I __attribute__((vector_size(kVecBytes)));
   static constexpr int N = kVecBytes / 4;
 };
-template <> struct Simd<double> {
+template <>
+struct Simd<double> {
   typedef double V __attribute__((vector_size(kVecBytes)));
   typedef double U __attribute__((vector_size(kVecBytes), aligned(1), may_alias));
   typedef int64_t I __attribute__((vector_size(kVecBytes)));
   static constexpr int N = kVecBytes / 8;
 };
-template <class T> using Vec = typename Simd<T>::V;
+template <class T>
+using Vec = typename Simd<T>::V;
 using vf = Vec<float>;
 using vi = Simd<float>::I;
 constexpr int kF = Simd<float>::N;
 
-template <class T> inline Vec<T> load(const T* p) { return *reinterpret_cast<const typename Simd<T>::U*>(p); }
-template <class T> inline void store(T* p, Vec<T> v) { *reinterpret_cast<typename Simd<T>::U*>(p) = v; }
-template <class T> inline Vec<T> splat(T x) { return x - Vec<T>{}; }
+template <class T>
+inline Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::U*>(p);
+}
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename Simd<T>::U*>(p) = v;
+}
+template <class T>
+inline Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
 
 // Bytes of one type read as another (a copy that the compiler makes free).
-template <class To, class From> inline To bits(From from) {
+template <class To, class From>
+inline To bits(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   __builtin_memcpy(&to, &from, sizeof to);
@@ -71,13 +89,19 @@ inline float widen(f16 x) {  // shift into place, then scale by 2^112: exact for
   return bits<float>((magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled) | sign);
 }
 
-template <class S> inline S narrow(float x);
-template <> inline float narrow<float>(float x) { return x; }
-template <> inline bf16 narrow<bf16>(float x) {  // round to nearest even
+template <class S>
+inline S narrow(float x);
+template <>
+inline float narrow<float>(float x) {
+  return x;
+}
+template <>
+inline bf16 narrow<bf16>(float x) {  // round to nearest even
   const uint32_t u = bits<uint32_t>(x);
   return {static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (u + 0x7fffu + ((u >> 16) & 1)) >> 16)};
 }
-template <> inline f16 narrow<f16>(float x) {
+template <>
+inline f16 narrow<f16>(float x) {
   const uint32_t u = bits<uint32_t>(x), magnitude = u & 0x7fffffffu;
   // Adding a power of two whose last place is f16's last place makes the float unit round to nearest even.
   const float a = bits<float>(magnitude);
@@ -88,7 +112,10 @@ template <> inline f16 narrow<f16>(float x) {
   const uint32_t half = magnitude > 0x7f800000u ? 0x7e00u : magnitude >= 0x477ff000u ? 0x7c00u : finite;
   return {static_cast<uint16_t>(half | ((u >> 16) & 0x8000u))};
 }
-template <class S> inline S narrow(double x) { return x; }
+template <class S>
+inline S narrow(double x) {
+  return x;
+}
 
 // One vector of T from storage type S (lossless).
 inline vf load_as(const float* p, float) { return load(p); }
@@ -128,12 +155,14 @@ inline void store_as(f16* p, vf v) {
 }
 
 // n elements from S to T; both may be any storage or compute type, at least one of them the compute type.
-template <class T, class S> inline void load_row(T* to, const S* from, int64_t n) {
+template <class T, class S>
+inline void load_row(T* to, const S* from, int64_t n) {
   int64_t i = 0;
   for (; i + Simd<T>::N <= n; i += Simd<T>::N) store(to + i, load_as(from + i, T{}));
   for (; i < n; ++i) to[i] = widen(from[i]);
 }
-template <class S, class T> inline void store_row(S* to, const T* from, int64_t n) {
+template <class S, class T>
+inline void store_row(S* to, const T* from, int64_t n) {
   int64_t i = 0;
   for (; i + Simd<T>::N <= n; i += Simd<T>::N) store_as(to + i, load(from + i));
   for (; i < n; ++i) to[i] = narrow<S>(from[i]);
@@ -141,7 +170,8 @@ template <class S, class T> inline void store_row(S* to, const T* from, int64_t 
 
 // ---------------------------------------------------------------------------------------------------- shuffles
 
-template <class V, int... I> inline V shuffle(V a, V b, std::integer_sequence<int, I...>) {
+template <class V, int... I>
+inline V shuffle(V a, V b, std::integer_sequence<int, I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(a, b, I...);
 #else
@@ -150,12 +180,14 @@ template <class V, int... I> inline V shuffle(V a, V b, std::integer_sequence<in
 #endif
 }
 // Lanes of a and b in turn, from the low (Half = 0) or the high (Half = 1) half of each.
-template <int Half, class V, int... I> inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
+template <int Half, class V, int... I>
+inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int N = sizeof...(I);
   return shuffle(a, b, std::integer_sequence<int, (I % 2 * N + I / 2 + Half * N / 2)...>{});
 }
 // N x N: log2(N) perfect shuffles.
-template <class T> inline void transpose(Vec<T> (&v)[Simd<T>::N]) {
+template <class T>
+inline void transpose(Vec<T> (&v)[Simd<T>::N]) {
   constexpr int N = Simd<T>::N;
   using Lanes = std::make_integer_sequence<int, N>;
 #pragma GCC unroll 4
@@ -175,8 +207,8 @@ template <class T> inline void transpose(Vec<T> (&v)[Simd<T>::N]) {
 template <int... I>
 inline void sum_lanes(const vf (&v)[4], float (&sums)[4], std::integer_sequence<int, I...>) {
   constexpr int N = sizeof...(I);
-  using Even = std::integer_sequence<int, (I % 2 * N + I / 2 * 2)...>;            // a0 b0 a2 b2 ..
-  using Odd = std::integer_sequence<int, (I % 2 * N + I / 2 * 2 + 1)...>;         // a1 b1 a3 b3 ..
+  using Even = std::integer_sequence<int, (I % 2 * N + I / 2 * 2)...>;             // a0 b0 a2 b2 ..
+  using Odd = std::integer_sequence<int, (I % 2 * N + I / 2 * 2 + 1)...>;          // a1 b1 a3 b3 ..
   using Low = std::integer_sequence<int, (I / 2 % 2 * N + I / 4 * 4 + I % 2)...>;  // a0 a1 b0 b1 a4 a5 ..
   using High = std::integer_sequence<int, (I / 2 % 2 * N + I / 4 * 4 + 2 + I % 2)...>;
   const vf p = shuffle(v[0], v[1], Even{}) + shuffle(v[0], v[1], Odd{});
@@ -270,7 +302,10 @@ inline vd tanh(vd x) {
   return x;
 }
 inline vd sigmoid_tanh(vd a, vd b) { return sigmoid(a) * tanh(b); }
-template <class V> inline V relu(V x) { return x < 0 ? V{} : x; }  // keeps NaN
+template <class V>
+inline V relu(V x) {
+  return x < 0 ? V{} : x;
+}  // keeps NaN
 
 }  // namespace
 }  // namespace pyops::cpu::PYOPS_ISA

@@ -37,8 +37,8 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
     default: STD_TORCH_CHECK(false, "pyops: unsupported dtype");
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, shim_dtype,
-                                                         device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, shim_dtype, device_type, device_index, &handle));
   return Tensor(handle);
 }
 

@@ -14,8 +14,7 @@ namespace pyops::rnn {
 enum class Kind : int { lstm, gru, gru_before, rnn };  // Cell, with the three activations of rnn as one kernel
 
 PYOPS_HOST_DEVICE constexpr Kind kind_of(Cell cell) {
-  return cell == Cell::lstm ? Kind::lstm : cell == Cell::gru ? Kind::gru
-       : cell == Cell::gru_reset_before ? Kind::gru_before : Kind::rnn;
+  return cell == Cell::lstm ? Kind::lstm : cell == Cell::gru ? Kind::gru : cell == Cell::gru_reset_before ? Kind::gru_before : Kind::rnn;
 }
 PYOPS_HOST_DEVICE constexpr int gates_of(Kind kind) { return kind == Kind::lstm ? 4 : kind == Kind::rnn ? 1 : 3; }
 PYOPS_HOST_DEVICE constexpr int saved_of(Kind kind) { return kind == Kind::lstm ? 5 : kind == Kind::rnn ? 0 : 4; }
@@ -64,10 +63,14 @@ PYOPS_DEVICE int length_of(const Params& p, int b) {  // 0 for rows beyond the b
 }
 
 template <class Params>
-PYOPS_DEVICE int64_t time_of(const Params& p, int length, int s) { return p.reverse ? length - 1 - s : s; }
+PYOPS_DEVICE int64_t time_of(const Params& p, int length, int s) {
+  return p.reverse ? length - 1 - s : s;
+}
 
 template <class T>
-PYOPS_DEVICE T* at(const Rows& rows, int64_t t, int b) { return static_cast<T*>(rows.data) + t * rows.t + b * rows.b; }
+PYOPS_DEVICE T* at(const Rows& rows, int64_t t, int b) {
+  return static_cast<T*>(rows.data) + t * rows.t + b * rows.b;
+}
 
 template <class T>
 PYOPS_DEVICE float load_or_zero(const void* tensor, int64_t index) {  // of a [B, H] tensor that may be null
@@ -75,10 +78,14 @@ PYOPS_DEVICE float load_or_zero(const void* tensor, int64_t index) {  // of a [B
 }
 
 template <class T>
-PYOPS_DEVICE void store(void* tensor, int64_t index, float value) { static_cast<T*>(tensor)[index] = from_float<T>(value); }
+PYOPS_DEVICE void store(void* tensor, int64_t index, float value) {
+  static_cast<T*>(tensor)[index] = from_float<T>(value);
+}
 
 template <class Params>
-PYOPS_DEVICE int64_t cell_index(const Params& p, int b, int u) { return static_cast<int64_t>(b) * p.H + u; }
+PYOPS_DEVICE int64_t cell_index(const Params& p, int b, int u) {
+  return static_cast<int64_t>(b) * p.H + u;
+}
 
 template <Kind K, class Params>
 PYOPS_DEVICE int64_t reserve_index(const Params& p, int64_t t, int b, int u) {
@@ -111,13 +118,15 @@ PYOPS_DEVICE void store_hidden(const ScanForward& p, int64_t t, int b, int u, bo
 
 // Whether gate q is act(x + h W^T) as a whole, so that a product may start from x. gru's n gate is tanh(x + r * (h W^T + b)).
 template <Kind K>
-PYOPS_HOST_DEVICE constexpr bool joins_x(int q) { return K != Kind::gru || q != 2; }
+PYOPS_HOST_DEVICE constexpr bool joins_x(int q) {
+  return K != Kind::gru || q != 2;
+}
 
 // From the pre-activations to h'. a[q] = gates_x + h W_hh^T + b_hh; gru's a[2] is without gates_x, which comes as `x_n`.
 // Every kind but gru_before.
 template <Kind K, class T>
-PYOPS_DEVICE float forward_cell(const ScanForward& p, int64_t t, int b, int u, bool last, const float (&a)[gates_of(K)],
-                                float x_n, float& state) {
+PYOPS_DEVICE float forward_cell(const ScanForward& p, int64_t t, int b, int u, bool last, const float (&a)[gates_of(K)], float x_n,
+                                float& state) {
   float hidden;
   if constexpr (K == Kind::lstm) {
     const float i = sigmoid<T>(a[0]), f = sigmoid<T>(a[1]);
@@ -147,8 +156,7 @@ PYOPS_DEVICE float forward_cell(const ScanForward& p, int64_t t, int b, int u, b
 
 // gru_before, first half: r and z from h; returns r*h, which the second product takes, and z.
 template <class T>
-PYOPS_DEVICE float forward_reset(const ScanForward& p, int64_t t, int b, int u, float a_r, float a_z, float state,
-                                 float& z) {
+PYOPS_DEVICE float forward_reset(const ScanForward& p, int64_t t, int b, int u, float a_r, float a_z, float state, float& z) {
   const float r = sigmoid<T>(a_r);
   z = sigmoid<T>(a_z);
   if (p.reserve) {
@@ -161,8 +169,7 @@ PYOPS_DEVICE float forward_reset(const ScanForward& p, int64_t t, int b, int u, 
 
 // gru_before, second half: h' from the product of r*h.
 template <class T>
-PYOPS_DEVICE float forward_update(const ScanForward& p, int64_t t, int b, int u, bool last, float a_n, float z,
-                                  float& state) {
+PYOPS_DEVICE float forward_update(const ScanForward& p, int64_t t, int b, int u, bool last, float a_n, float z, float& state) {
   const float n = tanh_of<T>(a_n);
   if (p.reserve) p.reserve[reserve_index<Kind::gru_before>(p, t, b, u) + 2 * static_cast<int64_t>(p.H)] = n;
   state = n + z * (state - n);
@@ -188,7 +195,8 @@ PYOPS_DEVICE void forward_padding(const ScanForward& p, int s, int b, int u) {
 // ------------------------------------------------------------------------------------------------------------ backward
 
 // What backward reads of forward for one cell: lstm i,f,g,o,c',c_prev; gru r,z,n,hn,h_prev; gru_before r,z,n,-,h_prev; rnn h'.
-template <Kind K> constexpr int kInputs = K == Kind::rnn ? 1 : saved_of(K) + 1;
+template <Kind K>
+constexpr int kInputs = K == Kind::rnn ? 1 : saved_of(K) + 1;
 
 template <Kind K, class T>
 struct BackwardInputs {
@@ -205,8 +213,7 @@ PYOPS_DEVICE BackwardInputs<K, T> load_backward(const ScanBackward& p, int s, in
   } else {
     PYOPS_UNROLL
     for (int k = 0; k < saved_of(K); ++k)
-      if (K != Kind::gru_before || k != 3)
-        in.saved[k] = p.reserve[reserve_index<K>(p, t, b, u) + static_cast<int64_t>(k) * p.H];
+      if (K != Kind::gru_before || k != 3) in.saved[k] = p.reserve[reserve_index<K>(p, t, b, u) + static_cast<int64_t>(k) * p.H];
     float& previous = in.saved[saved_of(K)];
     if (s == 0) previous = load_or_zero<T>(K == Kind::lstm ? p.c0 : p.h0, i);
     else {
@@ -229,11 +236,11 @@ PYOPS_DEVICE float recurrent_gradient(float product, float state) {
 // From dh to the gradients of the gates' pre-activations. `grad` is what the product with W_hh takes: gradients of gates_x,
 // but for gru's n gate that of h W_hn^T + b_hn. gru_before leaves grad[0] to backward_reset. Writes grad_gates_x (and _h).
 template <Kind K, class T>
-PYOPS_DEVICE void backward_cell(const ScanBackward& p, int s, int length, int b, int u, const BackwardInputs<K, T>& in,
-                                float dh, float& state, float (&grad)[gates_of(K)]) {
+PYOPS_DEVICE void backward_cell(const ScanBackward& p, int s, int length, int b, int u, const BackwardInputs<K, T>& in, float dh,
+                                float& state, float (&grad)[gates_of(K)]) {
   const int64_t t = time_of(p, length, s), H = p.H;
   T* row = at<T>(p.grad_gates_x, t, b) + u;
-  const float(&v)[kInputs<K>] = in.saved;
+  const float (&v)[kInputs<K>] = in.saved;
   if constexpr (K == Kind::lstm) {
     const float i = v[0], f = v[1], g = v[2], o = v[3], tanh_c = tanh_of<T>(v[4]);
     if (s == length - 1) state = load_or_zero<T>(p.grad_c_n, cell_index(p, b, u));
@@ -268,8 +275,7 @@ PYOPS_DEVICE void backward_cell(const ScanBackward& p, int s, int length, int b,
 
 // gru_before, second half: `product` is the gradient of r*h. Returns the gradient of r's pre-activation.
 template <class T>
-PYOPS_DEVICE float backward_reset(const ScanBackward& p, int s, int length, int b, int u, float r, float h, float product,
-                                  float& state) {
+PYOPS_DEVICE float backward_reset(const ScanBackward& p, int s, int length, int b, int u, float r, float h, float product, float& state) {
   const float grad = product * h * r * (1.f - r);
   state += product * r;
   at<T>(p.grad_gates_x, time_of(p, length, s), b)[u] = from_float<T>(grad);

@@ -12,17 +12,18 @@ namespace pyops::rnn {
 
 constexpr int kGridWarps = kGridThreads / kWarpSize;
 // Blocks of K per warp and tile in registers, at 8 registers each; 8 warps leave a thread 255.
-template <Kind K> constexpr int kGridRegisterBlocks = K == Kind::rnn ? 8 : 4;
+template <Kind K>
+constexpr int kGridRegisterBlocks = K == Kind::rnn ? 8 : 4;
 constexpr int kCellThreads = kTileUnits * kTileRows;  // threads that do the pointwise math of one batch tile
 // A warp's sum of one tile at rest: float4 per lane, a gap after every fourth, so that both sides are free of bank conflicts.
 constexpr int kPartialFloats = 8 * 20;
 
 struct GridWorkspace {
-  void* exchange;   // [2][row_slices*rows][width] of T
-  void* exchange2;  // gru_before forward: r*h, [row_slices*rows][width] of T
-  unsigned* flags;  // [row_slices][unit_slices], counts this block's finished exchanges
-  float* state;     // [B, H] carried state
-  float* aux;       // gru_before forward: z, [B, H]
+  void* exchange;        // [2][row_slices*rows][width] of T
+  void* exchange2;       // gru_before forward: r*h, [row_slices*rows][width] of T
+  unsigned* flags;       // [row_slices][unit_slices], counts this block's finished exchanges
+  float* state;          // [B, H] carried state
+  float* aux;            // gru_before forward: z, [B, H]
   size_t zeroed, bytes;  // the exchanges and flags must start as zeros
 };
 
@@ -50,9 +51,13 @@ struct GridParams {
 };
 
 // This warp's share of K: blocks [first, first + count).
-struct KRange { int first, count; };
+struct KRange {
+  int first, count;
+};
 template <class T>
-PYOPS_HOST_DEVICE constexpr int blocks_per_warp(int H) { return ceil_div(ceil_div(H, kBlockK<T>), kGridWarps); }
+PYOPS_HOST_DEVICE constexpr int blocks_per_warp(int H) {
+  return ceil_div(ceil_div(H, kBlockK<T>), kGridWarps);
+}
 template <class T>
 PYOPS_DEVICE KRange k_range(int H, int warp) {
   const int total = ceil_div(H, kBlockK<T>), each = blocks_per_warp<T>(H), first = warp * each;

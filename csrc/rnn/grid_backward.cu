@@ -14,14 +14,16 @@ namespace pyops::rnn {
 namespace {
 
 template <Kind K, class T>
-PYOPS_KERNEL(kGridThreads) grid_backward(GridParams<ScanBackward> params) {
+PYOPS_KERNEL(kGridThreads)
+grid_backward(GridParams<ScanBackward> params) {
   constexpr int G = gates_of(K);
   constexpr bool kTwoPhases = K == Kind::gru_before;
   constexpr int kLast = kTwoPhases ? 2 : G;  // tiles of dh's product; gru_before: n's gradient took its own
   const ScanBackward& p = params.scan;
   const GridWorkspace& w = params.workspace;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, H = p.H;
-  const int slice_row0 = blockIdx.y * params.rows, tiles = ceil_div((p.B - slice_row0 < params.rows ? p.B - slice_row0 : params.rows), kTileRows);
+  const int slice_row0 = blockIdx.y * params.rows,
+            tiles = ceil_div((p.B - slice_row0 < params.rows ? p.B - slice_row0 : params.rows), kTileRows);
   const int64_t gate_pitch = padded_hidden(H), pitch = G * gate_pitch, buffer = static_cast<int64_t>(gridDim.y) * params.rows * pitch;
 
   float* const partial = reinterpret_cast<float*>(dynamic_shared());
@@ -59,8 +61,7 @@ PYOPS_KERNEL(kGridThreads) grid_backward(GridParams<ScanBackward> params) {
   auto collect = [&](auto first, auto last) {
     float total = 0.f;
     PYOPS_UNROLL
-    for (int q = decltype(first)::value; q < decltype(last)::value; ++q)
-      total += collect_partial<G>(partial, q, unit % kTileUnits, tile_b);
+    for (int q = decltype(first)::value; q < decltype(last)::value; ++q) total += collect_partial<G>(partial, q, unit % kTileUnits, tile_b);
     return total;
   };
   const std::integral_constant<int, 0> first{};
@@ -105,8 +106,8 @@ PYOPS_KERNEL(kGridThreads) grid_backward(GridParams<ScanBackward> params) {
         if (s < length) {
           const BackwardInputs<K, T> in = load_backward<K, T>(p, s, length, b, unit);
           float& state = w.state[cell_index(p, b, unit)];
-          own[(tile * kTileRows + tile_b) * pitch + unit] = from_float<T>(
-              backward_reset<T>(p, s, length, b, unit, in.saved[0], in.saved[4], collect(n_gate, n_end), state));
+          own[(tile * kTileRows + tile_b) * pitch + unit] =
+              from_float<T>(backward_reset<T>(p, s, length, b, unit, in.saved[0], in.saved[4], collect(n_gate, n_end), state));
         }
         if (tile + 1 < tiles) __syncthreads();
       }
@@ -141,12 +142,18 @@ void grid_backward_launch(const ScanBackward& p, cudaStream_t stream) {
 }
 
 static const KernelRegistration registration({
-    PYOPS_KERNEL_INFO(grid_backward, Kind::lstm, float), PYOPS_KERNEL_INFO(grid_backward, Kind::lstm, bf16),
-    PYOPS_KERNEL_INFO(grid_backward, Kind::lstm, f16), PYOPS_KERNEL_INFO(grid_backward, Kind::gru, float),
-    PYOPS_KERNEL_INFO(grid_backward, Kind::gru, bf16), PYOPS_KERNEL_INFO(grid_backward, Kind::gru, f16),
-    PYOPS_KERNEL_INFO(grid_backward, Kind::gru_before, float), PYOPS_KERNEL_INFO(grid_backward, Kind::gru_before, bf16),
-    PYOPS_KERNEL_INFO(grid_backward, Kind::gru_before, f16), PYOPS_KERNEL_INFO(grid_backward, Kind::rnn, float),
-    PYOPS_KERNEL_INFO(grid_backward, Kind::rnn, bf16), PYOPS_KERNEL_INFO(grid_backward, Kind::rnn, f16),
+    PYOPS_KERNEL_INFO(grid_backward, Kind::lstm, float),
+    PYOPS_KERNEL_INFO(grid_backward, Kind::lstm, bf16),
+    PYOPS_KERNEL_INFO(grid_backward, Kind::lstm, f16),
+    PYOPS_KERNEL_INFO(grid_backward, Kind::gru, float),
+    PYOPS_KERNEL_INFO(grid_backward, Kind::gru, bf16),
+    PYOPS_KERNEL_INFO(grid_backward, Kind::gru, f16),
+    PYOPS_KERNEL_INFO(grid_backward, Kind::gru_before, float),
+    PYOPS_KERNEL_INFO(grid_backward, Kind::gru_before, bf16),
+    PYOPS_KERNEL_INFO(grid_backward, Kind::gru_before, f16),
+    PYOPS_KERNEL_INFO(grid_backward, Kind::rnn, float),
+    PYOPS_KERNEL_INFO(grid_backward, Kind::rnn, bf16),
+    PYOPS_KERNEL_INFO(grid_backward, Kind::rnn, f16),
 });
 
 }  // namespace pyops::rnn

@@ -15,14 +15,16 @@ namespace pyops::rnn {
 namespace {
 
 template <Kind K, class T>
-PYOPS_KERNEL(kGridThreads) grid_forward(GridParams<ScanForward> params) {
+PYOPS_KERNEL(kGridThreads)
+grid_forward(GridParams<ScanForward> params) {
   constexpr int G = gates_of(K);
   constexpr bool kTwoPhases = K == Kind::gru_before;
   constexpr int kFirst = kTwoPhases ? 2 : G;  // tiles of the first product
   const ScanForward& p = params.scan;
   const GridWorkspace& w = params.workspace;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, H = p.H;
-  const int slice_row0 = blockIdx.y * params.rows, tiles = ceil_div((p.B - slice_row0 < params.rows ? p.B - slice_row0 : params.rows), kTileRows);
+  const int slice_row0 = blockIdx.y * params.rows,
+            tiles = ceil_div((p.B - slice_row0 < params.rows ? p.B - slice_row0 : params.rows), kTileRows);
   const int64_t pitch = padded_hidden(H), buffer = static_cast<int64_t>(gridDim.y) * params.rows * pitch;
 
   float* const partial = reinterpret_cast<float*>(dynamic_shared());
@@ -131,9 +133,8 @@ PYOPS_KERNEL(kGridThreads) grid_forward(GridParams<ScanForward> params) {
 }  // namespace
 
 size_t grid_shared_bytes(Cell cell, DType dtype, int64_t H) {
-  return dispatch(cell, dtype, [&](auto kind, auto type) {
-    return grid_shared<decltype(kind)::kind, decltype(type)>(static_cast<int>(H));
-  });
+  return dispatch(cell, dtype,
+                  [&](auto kind, auto type) { return grid_shared<decltype(kind)::kind, decltype(type)>(static_cast<int>(H)); });
 }
 
 size_t grid_workspace(Cell cell, DType dtype, int64_t B, int64_t H, bool backward, int sm_count) {
@@ -149,12 +150,18 @@ void grid_forward_launch(const ScanForward& p, cudaStream_t stream) {
 }
 
 static const KernelRegistration registration({
-    PYOPS_KERNEL_INFO(grid_forward, Kind::lstm, float), PYOPS_KERNEL_INFO(grid_forward, Kind::lstm, bf16),
-    PYOPS_KERNEL_INFO(grid_forward, Kind::lstm, f16), PYOPS_KERNEL_INFO(grid_forward, Kind::gru, float),
-    PYOPS_KERNEL_INFO(grid_forward, Kind::gru, bf16), PYOPS_KERNEL_INFO(grid_forward, Kind::gru, f16),
-    PYOPS_KERNEL_INFO(grid_forward, Kind::gru_before, float), PYOPS_KERNEL_INFO(grid_forward, Kind::gru_before, bf16),
-    PYOPS_KERNEL_INFO(grid_forward, Kind::gru_before, f16), PYOPS_KERNEL_INFO(grid_forward, Kind::rnn, float),
-    PYOPS_KERNEL_INFO(grid_forward, Kind::rnn, bf16), PYOPS_KERNEL_INFO(grid_forward, Kind::rnn, f16),
+    PYOPS_KERNEL_INFO(grid_forward, Kind::lstm, float),
+    PYOPS_KERNEL_INFO(grid_forward, Kind::lstm, bf16),
+    PYOPS_KERNEL_INFO(grid_forward, Kind::lstm, f16),
+    PYOPS_KERNEL_INFO(grid_forward, Kind::gru, float),
+    PYOPS_KERNEL_INFO(grid_forward, Kind::gru, bf16),
+    PYOPS_KERNEL_INFO(grid_forward, Kind::gru, f16),
+    PYOPS_KERNEL_INFO(grid_forward, Kind::gru_before, float),
+    PYOPS_KERNEL_INFO(grid_forward, Kind::gru_before, bf16),
+    PYOPS_KERNEL_INFO(grid_forward, Kind::gru_before, f16),
+    PYOPS_KERNEL_INFO(grid_forward, Kind::rnn, float),
+    PYOPS_KERNEL_INFO(grid_forward, Kind::rnn, bf16),
+    PYOPS_KERNEL_INFO(grid_forward, Kind::rnn, f16),
 });
 
 }  // namespace pyops::rnn

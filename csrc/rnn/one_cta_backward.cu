@@ -15,7 +15,11 @@ namespace pyops::rnn {
 namespace {
 
 // Blocks of K per tile in registers: as many as leave no spill (12 warps: 168 registers a thread).
-template <Kind K, int kWarps> constexpr int kRegisterBlocks = K == Kind::rnn ? 8 : kWarps == 8 ? 4 : K == Kind::lstm ? 2 : 3;
+template <Kind K, int kWarps>
+constexpr int kRegisterBlocks = K == Kind::rnn    ? 8
+                                : kWarps == 8     ? 4
+                                : K == Kind::lstm ? 2
+                                                  : 3;
 
 template <Kind K, class T, int kWarps>
 using Weights = ResidentWeights<T, gates_of(K), kRegisterBlocks<K, kWarps>, true>;
@@ -26,7 +30,8 @@ PYOPS_HOST_DEVICE constexpr int gradient_pitch(int H) {
 }
 
 template <Kind K, class T, int kWarps>
-PYOPS_KERNEL(kWarps * kWarpSize) one_cta_backward(ScanBackward p) {
+PYOPS_KERNEL(kWarps* kWarpSize)
+one_cta_backward(ScanBackward p) {
   constexpr int G = gates_of(K);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, H = p.H;
   const int k_blocks = ceil_div(H, kBlockK<T>), padded = k_blocks * kBlockK<T>;
@@ -55,8 +60,8 @@ PYOPS_KERNEL(kWarps * kWarpSize) one_cta_backward(ScanBackward p) {
   auto product = [&](auto first, auto last, const T* from, float (&total)[4]) {
     constexpr int begin = decltype(first)::value, end = decltype(last)::value;
     float sum[G][4] = {};
-    weights.template multiply_all<begin, end>(
-        sum, lane, [&](int q, int block) { return load_state<T>(from + q * padded, pitch, block, lane); });
+    weights.template multiply_all<begin, end>(sum, lane,
+                                              [&](int q, int block) { return load_state<T>(from + q * padded, pitch, block, lane); });
     PYOPS_UNROLL
     for (int j = 0; j < 4; ++j) {
       total[j] = sum[begin][j];
@@ -139,15 +144,24 @@ void one_cta_backward_launch(const ScanBackward& p, cudaStream_t stream) {
 }
 
 static const KernelRegistration registration({
-    PYOPS_KERNEL_INFO(one_cta_backward, Kind::lstm, float, 12), PYOPS_KERNEL_INFO(one_cta_backward, Kind::lstm, bf16, 8),
-    PYOPS_KERNEL_INFO(one_cta_backward, Kind::lstm, bf16, 12), PYOPS_KERNEL_INFO(one_cta_backward, Kind::lstm, f16, 8),
-    PYOPS_KERNEL_INFO(one_cta_backward, Kind::lstm, f16, 12), PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru, float, 12),
-    PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru, bf16, 8), PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru, bf16, 12),
-    PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru, f16, 8), PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru, f16, 12),
-    PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru_before, float, 12), PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru_before, bf16, 8),
-    PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru_before, bf16, 12), PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru_before, f16, 8),
-    PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru_before, f16, 12), PYOPS_KERNEL_INFO(one_cta_backward, Kind::rnn, float, 16),
-    PYOPS_KERNEL_INFO(one_cta_backward, Kind::rnn, bf16, 16), PYOPS_KERNEL_INFO(one_cta_backward, Kind::rnn, f16, 16),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::lstm, float, 12),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::lstm, bf16, 8),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::lstm, bf16, 12),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::lstm, f16, 8),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::lstm, f16, 12),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru, float, 12),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru, bf16, 8),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru, bf16, 12),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru, f16, 8),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru, f16, 12),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru_before, float, 12),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru_before, bf16, 8),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru_before, bf16, 12),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru_before, f16, 8),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::gru_before, f16, 12),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::rnn, float, 16),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::rnn, bf16, 16),
+    PYOPS_KERNEL_INFO(one_cta_backward, Kind::rnn, f16, 16),
 });
 
 }  // namespace pyops::rnn

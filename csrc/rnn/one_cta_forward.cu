@@ -17,16 +17,23 @@ namespace pyops::rnn {
 namespace {
 
 // Blocks of K per tile in registers: as many as leave no spill (12 warps: 168 registers a thread, lstm prefetches 16 gates).
-template <Kind K, int kWarps> constexpr int kRegisterBlocks = K == Kind::rnn ? 8 : kWarps == 8 ? 4 : K == Kind::lstm ? 1 : 3;
+template <Kind K, int kWarps>
+constexpr int kRegisterBlocks = K == Kind::rnn    ? 8
+                                : kWarps == 8     ? 4
+                                : K == Kind::lstm ? 1
+                                                  : 3;
 
 template <Kind K, class T, int kWarps>
 using Weights = ResidentWeights<T, gates_of(K), kRegisterBlocks<K, kWarps>, false>;
 
 template <class T>
-PYOPS_HOST_DEVICE constexpr int hidden_pitch(int H) { return state_pitch<T>(round_up(H, kBlockK<T>)); }
+PYOPS_HOST_DEVICE constexpr int hidden_pitch(int H) {
+  return state_pitch<T>(round_up(H, kBlockK<T>));
+}
 
 template <Kind K, class T, int kWarps>
-PYOPS_KERNEL(kWarps * kWarpSize) one_cta_forward(ScanForward p) {
+PYOPS_KERNEL(kWarps* kWarpSize)
+one_cta_forward(ScanForward p) {
   constexpr int G = gates_of(K);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, H = p.H;
   constexpr int units = kWarps * kTileUnits;
@@ -72,8 +79,7 @@ PYOPS_KERNEL(kWarps * kWarpSize) one_cta_forward(ScanForward p) {
   auto prefetch = [&](int s) {
     PYOPS_UNROLL
     for (int j = 0; j < 4; ++j)
-      if (takes_part(s, j))
-        load_gates_x<K, T>(p, time_of(p, length[j % 2], s), row0 + j % 2, unit0 + j / 2, next[j]);
+      if (takes_part(s, j)) load_gates_x<K, T>(p, time_of(p, length[j % 2], s), row0 + j % 2, unit0 + j / 2, next[j]);
   };
   prefetch(0);
 
@@ -86,13 +92,12 @@ PYOPS_KERNEL(kWarps * kWarpSize) one_cta_forward(ScanForward p) {
     constexpr bool kStartFromX = is_16bit<T>;
     float sum[G][4], x[4][G];
     PYOPS_UNROLL
-    for (int q = 0; q < G; ++q)
-      PYOPS_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        sum[q][j] = kStartFromX ? bias[q * units + unit0 + j / 2] : 0.f;
-        x[j][q] = to_float(next[j][q]);
-        if (kStartFromX && joins_x<K>(q)) sum[q][j] += x[j][q];
-      }
+    for (int q = 0; q < G; ++q) PYOPS_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      sum[q][j] = kStartFromX ? bias[q * units + unit0 + j / 2] : 0.f;
+      x[j][q] = to_float(next[j][q]);
+      if (kStartFromX && joins_x<K>(q)) sum[q][j] += x[j][q];
+    }
     prefetch(s + 1);
     auto activation_input = [&](int q, int j) {
       if (kStartFromX) return sum[q][j];
@@ -143,8 +148,8 @@ PYOPS_KERNEL(kWarps * kWarpSize) one_cta_forward(ScanForward p) {
 template <Kind K, class T, int kWarps>
 size_t shared_bytes(int H) {
   const int warps = ceil_div(H, kTileUnits);
-  return (K == Kind::gru_before ? 3 : 2) * kTileRows * hidden_pitch<T>(H) * sizeof(T) +
-         gates_of(K) * kWarps * kTileUnits * sizeof(float) + warps * Weights<K, T, kWarps>::shared_bytes(ceil_div(H, kBlockK<T>));
+  return (K == Kind::gru_before ? 3 : 2) * kTileRows * hidden_pitch<T>(H) * sizeof(T) + gates_of(K) * kWarps * kTileUnits * sizeof(float) +
+         warps * Weights<K, T, kWarps>::shared_bytes(ceil_div(H, kBlockK<T>));
 }
 
 }  // namespace
@@ -165,15 +170,24 @@ void one_cta_forward_launch(const ScanForward& p, cudaStream_t stream) {
 }
 
 static const KernelRegistration registration({
-    PYOPS_KERNEL_INFO(one_cta_forward, Kind::lstm, float, 12), PYOPS_KERNEL_INFO(one_cta_forward, Kind::lstm, bf16, 8),
-    PYOPS_KERNEL_INFO(one_cta_forward, Kind::lstm, bf16, 12), PYOPS_KERNEL_INFO(one_cta_forward, Kind::lstm, f16, 8),
-    PYOPS_KERNEL_INFO(one_cta_forward, Kind::lstm, f16, 12), PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru, float, 12),
-    PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru, bf16, 8), PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru, bf16, 12),
-    PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru, f16, 8), PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru, f16, 12),
-    PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru_before, float, 12), PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru_before, bf16, 8),
-    PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru_before, bf16, 12), PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru_before, f16, 8),
-    PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru_before, f16, 12), PYOPS_KERNEL_INFO(one_cta_forward, Kind::rnn, float, 16),
-    PYOPS_KERNEL_INFO(one_cta_forward, Kind::rnn, bf16, 16), PYOPS_KERNEL_INFO(one_cta_forward, Kind::rnn, f16, 16),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::lstm, float, 12),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::lstm, bf16, 8),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::lstm, bf16, 12),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::lstm, f16, 8),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::lstm, f16, 12),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru, float, 12),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru, bf16, 8),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru, bf16, 12),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru, f16, 8),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru, f16, 12),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru_before, float, 12),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru_before, bf16, 8),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru_before, bf16, 12),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru_before, f16, 8),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::gru_before, f16, 12),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::rnn, float, 16),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::rnn, bf16, 16),
+    PYOPS_KERNEL_INFO(one_cta_forward, Kind::rnn, f16, 16),
 });
 
 }  // namespace pyops::rnn

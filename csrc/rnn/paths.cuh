@@ -13,8 +13,12 @@ namespace pyops::rnn {
 // one_cta: a warp per 16 units. An SM's registers give a thread 255 in a block of 8 warps, 168 in one of 9 to 12, 128 in one
 // of 13 to 16; the weights take 8 per tile and block of K. So 16-bit kernels come in two sizes, and a small layer (H <= 128)
 // keeps all its weights in registers. Float weights are in shared memory anyway: one size.
-template <Kind K, class T> constexpr int kFewWarps = K == Kind::rnn ? 16 : is_16bit<T> ? 8 : 12;
-template <Kind K, class T> constexpr int kManyWarps = K == Kind::rnn ? 16 : 12;
+template <Kind K, class T>
+constexpr int kFewWarps = K == Kind::rnn ? 16
+                          : is_16bit<T>  ? 8
+                                         : 12;
+template <Kind K, class T>
+constexpr int kManyWarps = K == Kind::rnn ? 16 : 12;
 
 constexpr int kGridThreads = 256;
 constexpr int kStepThreads = 256;
@@ -64,7 +68,10 @@ void step_forward_launch(const ScanForward& p, cudaStream_t stream);
 void step_backward_launch(const ScanBackward& p, cudaStream_t stream);
 
 // Calls f(KindTag, a value of the storage type).
-template <Kind K> struct KindTag { static constexpr Kind kind = K; };
+template <Kind K>
+struct KindTag {
+  static constexpr Kind kind = K;
+};
 template <class F>
 auto dispatch(Cell cell, DType dtype, F&& f) {
   auto with_type = [&](auto kind) {

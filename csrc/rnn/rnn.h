@@ -22,12 +22,8 @@ namespace pyops::rnn {
 enum class Cell : int32_t { lstm = 0, gru = 1, gru_reset_before = 2, rnn_tanh = 3, rnn_relu = 4, rnn_sigmoid = 5 };
 enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
-constexpr int gates(Cell cell) {
-  return cell == Cell::lstm ? 4 : (cell == Cell::gru || cell == Cell::gru_reset_before) ? 3 : 1;
-}
-constexpr int saved(Cell cell) {
-  return cell == Cell::lstm ? 5 : (cell == Cell::gru || cell == Cell::gru_reset_before) ? 4 : 0;
-}
+constexpr int gates(Cell cell) { return cell == Cell::lstm ? 4 : (cell == Cell::gru || cell == Cell::gru_reset_before) ? 3 : 1; }
+constexpr int saved(Cell cell) { return cell == Cell::lstm ? 5 : (cell == Cell::gru || cell == Cell::gru_reset_before) ? 4 : 0; }
 
 // A [T, B, width] tensor of the op's dtype whose last dimension is contiguous; strides in elements.
 struct Rows {
@@ -39,16 +35,16 @@ struct Rows {
 
 struct LayerForward {
   Cell cell;
-  DType dtype;             // of every tensor below unless said otherwise; states and gates are computed in float (f64: double)
+  DType dtype;  // of every tensor below unless said otherwise; states and gates are computed in float (f64: double)
   int64_t T, B, I, H;
   bool reverse;
-  const int64_t* lengths;  // [B] or null
-  Rows input;              // [T, B, I]
-  const void *h0, *c0;     // [B, H] contiguous, or null for zeros; c0 lstm only
+  const int64_t* lengths;                                 // [B] or null
+  Rows input;                                             // [T, B, I]
+  const void *h0, *c0;                                    // [B, H] contiguous, or null for zeros; c0 lstm only
   const void *weight_ih, *weight_hh, *bias_ih, *bias_hh;  // contiguous; biases may be null
-  Rows output;             // [T, B, H]
-  void *h_n, *c_n;         // [B, H] contiguous; c_n lstm only
-  void* reserve;           // [T, B, S, H] in the compute type, or null when nothing is kept for backward
+  Rows output;                                            // [T, B, H]
+  void *h_n, *c_n;                                        // [B, H] contiguous; c_n lstm only
+  void* reserve;                                          // [T, B, S, H] in the compute type, or null when nothing is kept for backward
 };
 
 struct LayerBackward {
@@ -57,34 +53,34 @@ struct LayerBackward {
   int64_t T, B, I, H;
   bool reverse;
   const int64_t* lengths;
-  Rows grad_output;                    // data may be null: zeros
-  const void *grad_h_n, *grad_c_n;     // [B, H] contiguous or null: zeros
+  Rows grad_output;                 // data may be null: zeros
+  const void *grad_h_n, *grad_c_n;  // [B, H] contiguous or null: zeros
   Rows input, output;
   const void *h0, *c0, *weight_ih, *weight_hh;
   const void* reserve;
-  Rows grad_input;                     // data null: not wanted
-  void *grad_h0, *grad_c0;             // [B, H] or null: not wanted
+  Rows grad_input;                                                      // data null: not wanted
+  void *grad_h0, *grad_c0;                                              // [B, H] or null: not wanted
   void *grad_weight_ih, *grad_weight_hh, *grad_bias_ih, *grad_bias_hh;  // null: not wanted. lstm and rnn: both bias gradients are equal
 };
 
-void layer_forward(const LayerForward& p);    // throws std::runtime_error
+void layer_forward(const LayerForward& p);  // throws std::runtime_error
 void layer_backward(const LayerBackward& p);
 
 // --------------------------------------------------------------------- GPU: the recurrence; the dense GEMMs are outside
 
 struct ScanForward {
   Cell cell;
-  DType dtype;             // f32, bf16, f16
+  DType dtype;  // f32, bf16, f16
   int32_t T, B, H;
   bool reverse;
-  const int64_t* lengths;  // device, [B] or null; clamped to 0..T
-  Rows gates_x;            // [T, B, G*H] = x W_ih^T + b_ih
-  const void *h0, *c0;     // [B, H] or null
+  const int64_t* lengths;           // device, [B] or null; clamped to 0..T
+  Rows gates_x;                     // [T, B, G*H] = x W_ih^T + b_ih
+  const void *h0, *c0;              // [B, H] or null
   const void *weight_hh, *bias_hh;  // bias_hh may be null
-  Rows output;             // [T, B, H]
-  void *h_n, *c_n;         // [B, H]
-  float* reserve;          // [T, B, S, H] or null
-  void* workspace;         // scan_workspace(...) bytes, any content
+  Rows output;                      // [T, B, H]
+  void *h_n, *c_n;                  // [B, H]
+  float* reserve;                   // [T, B, S, H] or null
+  void* workspace;                  // scan_workspace(...) bytes, any content
 };
 
 struct ScanBackward {
@@ -93,15 +89,15 @@ struct ScanBackward {
   int32_t T, B, H;
   bool reverse;
   const int64_t* lengths;
-  Rows grad_output;        // data may be null
+  Rows grad_output;                 // data may be null
   const void *grad_h_n, *grad_c_n;  // or null
   Rows output;
   const void *h0, *c0, *weight_hh;
   const float* reserve;
-  Rows grad_gates_x;       // [T, B, G*H]: gradient of gates_x, zero where t >= lengths[b]
-  void* grad_gates_h;      // gru only (reset-after), [T, B, H] contiguous, time-major: gradient of h W_hn^T + b_hn; the
-                           // other gates' equal grad_gates_x. Zero where t >= lengths[b].
-  void *grad_h0, *grad_c0; // [B, H]
+  Rows grad_gates_x;        // [T, B, G*H]: gradient of gates_x, zero where t >= lengths[b]
+  void* grad_gates_h;       // gru only (reset-after), [T, B, H] contiguous, time-major: gradient of h W_hn^T + b_hn; the
+                            // other gates' equal grad_gates_x. Zero where t >= lengths[b].
+  void *grad_h0, *grad_c0;  // [B, H]
   void* workspace;
 };
 

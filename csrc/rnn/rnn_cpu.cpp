@@ -12,8 +12,8 @@ struct Kernels {
   void (*forward[3])(const LayerForward&);
   void (*backward[3])(const LayerBackward&);
 };
-#define PYOPS_RNN_TABLE(isa)                                                      \
-  Kernels {                                                                       \
+#define PYOPS_RNN_TABLE(isa)                                                                                              \
+  Kernels {                                                                                                               \
     {isa::lstm_forward, isa::gru_forward, isa::rnn_forward}, { isa::lstm_backward, isa::gru_backward, isa::rnn_backward } \
   }
 

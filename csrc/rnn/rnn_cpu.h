@@ -16,14 +16,14 @@ struct Split {
 };
 Split choose_split(int64_t panels, int64_t rows, int threads);
 
-#define PYOPS_RNN_KERNELS(isa)                   \
-  namespace isa {                                \
-  void lstm_forward(const LayerForward& p);      \
-  void gru_forward(const LayerForward& p);       \
-  void rnn_forward(const LayerForward& p);       \
-  void lstm_backward(const LayerBackward& p);    \
-  void gru_backward(const LayerBackward& p);     \
-  void rnn_backward(const LayerBackward& p);     \
+#define PYOPS_RNN_KERNELS(isa)                \
+  namespace isa {                             \
+  void lstm_forward(const LayerForward& p);   \
+  void gru_forward(const LayerForward& p);    \
+  void rnn_forward(const LayerForward& p);    \
+  void lstm_backward(const LayerBackward& p); \
+  void gru_backward(const LayerBackward& p);  \
+  void rnn_backward(const LayerBackward& p);  \
   }
 PYOPS_RNN_KERNELS(baseline)
 #if defined(__x86_64__)

@@ -16,10 +16,11 @@
 namespace pyops::rnn::PYOPS_ISA {
 namespace {
 
-template <class S, int G> struct BackwardPass {
+template <class S, int G>
+struct BackwardPass {
   using T = typename Gemm<S>::Real;
   static constexpr int kRowBlock = kRows<T, 64>;
-  static constexpr int64_t kTokens = 96;   // of a grad_input block
+  static constexpr int64_t kTokens = 96;                               // of a grad_input block
   static constexpr int64_t kBlockM = 48, kDepth = 256, kBlockN = 512;  // of a grad_weight block
 
   const LayerBackward& p;
@@ -34,9 +35,16 @@ template <class S, int G> struct BackwardPass {
   static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
   BackwardPass(const LayerBackward& params)
-      : p(params), reset_before(p.cell == Cell::gru_reset_before), H(p.H), D(p.cell == Cell::gru ? 4 : G),
-        ldd(round_up(D * H, 16) + 16), ldh(round_up(H, 64)), panels((H + 63) / 64), panels_i((p.I + 63) / 64),
-        ldc(round_up(p.I > H ? p.I : H, 64)), ldt(kDepth + 16) {}
+      : p(params),
+        reset_before(p.cell == Cell::gru_reset_before),
+        H(p.H),
+        D(p.cell == Cell::gru ? 4 : G),
+        ldd(round_up(D * H, 16) + 16),
+        ldh(round_up(H, 64)),
+        panels((H + 63) / 64),
+        panels_i((p.I + 63) / 64),
+        ldc(round_up(p.I > H ? p.I : H, 64)),
+        ldt(kDepth + 16) {}
 
   int64_t block_size() const { return kTokens * 64 + kBlockM * ldt + kBlockN * kDepth; }
 
@@ -75,7 +83,10 @@ template <class S, int G> struct BackwardPass {
   const T* reserve(int64_t s, int64_t j) const {
     return static_cast<const T*>(p.reserve) + (time(s, j) * p.B + order[j]) * saved(p.cell) * H;
   }
-  template <class R> static R* at(const Rows& rows, int64_t t, int64_t b) { return static_cast<R*>(rows.data) + t * rows.t + b * rows.b; }
+  template <class R>
+  static R* at(const Rows& rows, int64_t t, int64_t b) {
+    return static_cast<R*>(rows.data) + t * rows.t + b * rows.b;
+  }
   // h_{t-1} of row j at step s; null: zeros.
   const S* previous_h(int64_t s, int64_t j) const {
     if (s > 0) return at<const S>(p.output, time(s - 1, j), order[j]);
@@ -132,7 +143,8 @@ template <class S, int G> struct BackwardPass {
 
   // kWhole: dh of step s and all that follows from it (reset-before: dz, dn). kReset: dr, from dn of the same step.
   // kInitial (s = -1): the gradient of h0.
-  template <int PHASE> void step(const Thread& me, int64_t s) {
+  template <int PHASE>
+  void step(const Thread& me, int64_t s) {
     const int64_t from = PHASE == kReset ? s : s + 1;  // step whose dgates are multiplied
     const int64_t k0 = PHASE == kReset ? 2 * H : 0, K = PHASE == kReset ? H : reset_before ? 2 * H : G * H;
     const int64_t count = me.among(alive(PHASE == kInitial ? 0 : s)), fed = me.among(alive(from));
@@ -157,7 +169,8 @@ template <class S, int G> struct BackwardPass {
     }
   }
 
-  template <int PHASE> void finish_row(int64_t s, int64_t j, int64_t u0, int n, T* dh, T* sums) {
+  template <int PHASE>
+  void finish_row(int64_t s, int64_t j, int64_t u0, int n, T* dh, T* sums) {
     constexpr int N = Simd<T>::N;
     const int64_t b = order[j];
     T* own = carry + j * ldh + u0;
@@ -245,7 +258,8 @@ template <class S, int G> struct BackwardPass {
 
   // rows[i] = the activations of token k0 + i that its dgates multiply.
   enum Source { kInput, kHidden, kResetHidden };
-  template <class R> void source_rows(Source source, int64_t k0, int64_t count, const R** rows) const {
+  template <class R>
+  void source_rows(Source source, int64_t k0, int64_t count, const R** rows) const {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t t = token_time[k0 + i], j = token_row[k0 + i], s = p.reverse ? len[j] - 1 - t : t;
       if constexpr (std::is_same_v<R, T>)
@@ -256,7 +270,8 @@ template <class S, int G> struct BackwardPass {
       if constexpr (std::is_same_v<R, S>) rows[i] = source == kInput ? at<const S>(p.input, t, order[j]) : previous_h(s, j);
     }
   }
-  template <class R> void pack_source(Source source, int64_t k0, int64_t count, int64_t n0, int64_t width, const T** pointers, T* to) {
+  template <class R>
+  void pack_source(Source source, int64_t k0, int64_t count, int64_t n0, int64_t width, const T** pointers, T* to) {
     const R** rows = reinterpret_cast<const R**>(pointers);
     source_rows(source, k0, count, rows);
     for (int64_t n = n0; n < width && n < n0 + kBlockN; n += 64) pack_columns(rows, count, n, width, to + (n - n0) * kDepth);
@@ -349,7 +364,8 @@ template <class S, int G> struct BackwardPass {
   }
 };
 
-template <class S, int G> void backward(const LayerBackward& p) {
+template <class S, int G>
+void backward(const LayerBackward& p) {
   using Pass = BackwardPass<S, G>;
   int threads = cpu::max_threads();
   if (static_cast<double>(p.T) * p.B * G * p.H * (p.I + p.H) < 5e5) threads = 1;  // waking the pool costs more
@@ -364,13 +380,17 @@ template <class S, int G> void backward(const LayerBackward& p) {
     cpu::Barrier* barriers;
   } context{&pass, block.take<cpu::Barrier>(threads)};
   for (int i = 0; i < threads; ++i) context.barriers[i] = {};
-  cpu::run_team(threads, [](const Team& team, void* at) {
-    auto* c = static_cast<Context*>(at);
-    c->pass->run(team, c->barriers);
-  }, &context);
+  cpu::run_team(
+      threads,
+      [](const Team& team, void* at) {
+        auto* c = static_cast<Context*>(at);
+        c->pass->run(team, c->barriers);
+      },
+      &context);
 }
 
-template <int G> void backward_any(const LayerBackward& p) {
+template <int G>
+void backward_any(const LayerBackward& p) {
   switch (p.dtype) {
     case DType::f32: return backward<float, G>(p);
     case DType::f64: return backward<double, G>(p);

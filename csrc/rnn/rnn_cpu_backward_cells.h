@@ -7,14 +7,15 @@
 namespace pyops::rnn::PYOPS_ISA {
 namespace {
 
-template <class T> struct BackwardRow {
-  const T *dh;          // [64], complete except for the GRU's carry
-  const T *reserve;     // this step's, gates H apart
-  const T *prev;        // [64] c_{t-1} (lstm) or h_{t-1} (gru)
-  const T *y;           // [64] h_t (rnn)
+template <class T>
+struct BackwardRow {
+  const T* dh;       // [64], complete except for the GRU's carry
+  const T* reserve;  // this step's, gates H apart
+  const T* prev;     // [64] c_{t-1} (lstm) or h_{t-1} (gru)
+  const T* y;        // [64] h_t (rnn)
   T *carry, *out, *sums;
   int64_t H;
-  int n;                // units that exist
+  int n;  // units that exist
   // The k-th gradient block: store it and add it to the bias sums.
   void emit(int k, int u, Vec<T> v) const {
     put(out + k * H, u, n, v);
@@ -23,7 +24,8 @@ template <class T> struct BackwardRow {
   Vec<T> kept(int k, int u) const { return get(reserve + k * H, u, n); }
 };
 
-template <class T> inline void lstm_backward_row(const BackwardRow<T>& row) {
+template <class T>
+inline void lstm_backward_row(const BackwardRow<T>& row) {
   for (int u = 0; u < row.n; u += Simd<T>::N) {
     const Vec<T> i = row.kept(0, u), f = row.kept(1, u), g = row.kept(2, u), o = row.kept(3, u);
     const Vec<T> tc = tanh(row.kept(4, u)), dh = load(row.dh + u);
@@ -37,7 +39,8 @@ template <class T> inline void lstm_backward_row(const BackwardRow<T>& row) {
 }
 
 // [dn*r | dr | dz | dn]: the hidden side's gradients are the first three blocks, the input side's the last three.
-template <class T> inline void gru_backward_row(const BackwardRow<T>& row) {
+template <class T>
+inline void gru_backward_row(const BackwardRow<T>& row) {
   for (int u = 0; u < row.n; u += Simd<T>::N) {
     const Vec<T> r = row.kept(0, u), z = row.kept(1, u), n = row.kept(2, u), hn = row.kept(3, u);
     const Vec<T> dh = load(row.dh + u) + load(row.carry + u);
@@ -51,7 +54,8 @@ template <class T> inline void gru_backward_row(const BackwardRow<T>& row) {
 }
 
 // gru_reset_before, [dr | dz | dn]. First dz and dn from dh; then, with dh = d(r*h) = dn W_hn, dr.
-template <class T> inline void gru_candidate_backward_row(const BackwardRow<T>& row) {
+template <class T>
+inline void gru_candidate_backward_row(const BackwardRow<T>& row) {
   for (int u = 0; u < row.n; u += Simd<T>::N) {
     const Vec<T> z = row.kept(1, u), n = row.kept(2, u), dh = load(row.dh + u) + load(row.carry + u);
     store(row.carry + u, dh * z);
@@ -59,7 +63,8 @@ template <class T> inline void gru_candidate_backward_row(const BackwardRow<T>& 
     row.emit(2, u, dh * (T(1) - z) * (T(1) - n * n));
   }
 }
-template <class T> inline void gru_reset_backward_row(const BackwardRow<T>& row) {
+template <class T>
+inline void gru_reset_backward_row(const BackwardRow<T>& row) {
   for (int u = 0; u < row.n; u += Simd<T>::N) {
     const Vec<T> r = row.kept(0, u), drh = load(row.dh + u);
     store(row.carry + u, load(row.carry + u) + drh * r);
@@ -67,12 +72,11 @@ template <class T> inline void gru_reset_backward_row(const BackwardRow<T>& row)
   }
 }
 
-template <class T> inline void rnn_backward_row(Cell cell, const BackwardRow<T>& row) {
+template <class T>
+inline void rnn_backward_row(Cell cell, const BackwardRow<T>& row) {
   for (int u = 0; u < row.n; u += Simd<T>::N) {
     const Vec<T> y = load(row.y + u), dh = load(row.dh + u);
-    row.emit(0, u, cell == Cell::rnn_tanh   ? dh * (T(1) - y * y)
-                   : cell == Cell::rnn_relu ? (y <= 0 ? Vec<T>{} : dh)
-                                            : dh * y * (T(1) - y));
+    row.emit(0, u, cell == Cell::rnn_tanh ? dh * (T(1) - y * y) : cell == Cell::rnn_relu ? (y <= 0 ? Vec<T>{} : dh) : dh * y * (T(1) - y));
   }
 }
 

@@ -13,11 +13,13 @@ using cpu::Layout;
 using cpu::Team;
 
 // A vector at lane u of a row of which n elements exist.
-template <class T> inline void put(T* row, int u, int n, Vec<T> v) {
+template <class T>
+inline void put(T* row, int u, int n, Vec<T> v) {
   if (u + Simd<T>::N <= n) return store(row + u, v);
   for (int i = 0; u + i < n; ++i) row[u + i] = v[i];
 }
-template <class T> inline Vec<T> get(const T* row, int u, int n) {
+template <class T>
+inline Vec<T> get(const T* row, int u, int n) {
   if (u + Simd<T>::N <= n) return load(row + u);
   Vec<T> v{};
   for (int i = 0; u + i < n; ++i) v[i] = row[u + i];
@@ -26,21 +28,23 @@ template <class T> inline Vec<T> get(const T* row, int u, int n) {
 
 // Rows of one panel after the GEMM. Working on all of them in one loop keeps the polynomials' constants in registers and lets
 // the rows' dependency chains overlap (an LSTM row alone: 270 cycles).
-template <class T> struct Block {
+template <class T>
+struct Block {
   static constexpr int kMost = 8;
-  int rows, n;             // rows; units that exist
-  int ld;                  // floats from row to row of tile and gx
+  int rows, n;  // rows; units that exist
+  int ld;       // floats from row to row of tile and gx
   int64_t H;
   const T *tile, *gx, *bias;
-  T* state[kMost];         // this panel's units: c (lstm), h (gru)
-  T* update[kMost];        // gru_reset_before: z
-  T* save[kMost];          // reserve, gates H apart; all null when nothing is kept
-  T* out;                  // [rows][units]: h'
+  T* state[kMost];   // this panel's units: c (lstm), h (gru)
+  T* update[kMost];  // gru_reset_before: z
+  T* save[kMost];    // reserve, gates H apart; all null when nothing is kept
+  T* out;            // [rows][units]: h'
   Vec<T> gate(int r, int c) const { return load(tile + r * ld + c) + (load(gx + r * ld + c) + load(bias + c)); }
   bool keep() const { return save[0] != nullptr; }
 };
 
-template <class T> inline void lstm_rows(const Block<T>& a) {
+template <class T>
+inline void lstm_rows(const Block<T>& a) {
   for (int u = 0; u < 16; u += Simd<T>::N) {
     for (int r = 0; r < a.rows; ++r) {
       const Vec<T> i = a.gate(r, u), f = sigmoid(a.gate(r, 16 + u)), g = a.gate(r, 32 + u);
@@ -56,7 +60,8 @@ template <class T> inline void lstm_rows(const Block<T>& a) {
 }
 
 // `state` is h in full precision, old and then new; bias_hn stands behind the bias, at column 48.
-template <class T> inline void gru_rows(const Block<T>& a) {
+template <class T>
+inline void gru_rows(const Block<T>& a) {
   for (int u = 0; u < 16; u += Simd<T>::N)
     for (int r = 0; r < a.rows; ++r) {
       const Vec<T> reset = sigmoid(a.gate(r, u)), z = sigmoid(a.gate(r, 16 + u));
@@ -73,7 +78,8 @@ template <class T> inline void gru_rows(const Block<T>& a) {
 }
 
 // gru_reset_before, first half: z and, as `out`, r*h, which the n gate's GEMM then reads.
-template <class T> inline void gru_reset_rows(const Block<T>& a) {
+template <class T>
+inline void gru_reset_rows(const Block<T>& a) {
   for (int u = 0; u < 16; u += Simd<T>::N)
     for (int r = 0; r < a.rows; ++r) {
       const Vec<T> reset = sigmoid(a.gate(r, u)), z = sigmoid(a.gate(r, 16 + u)), product = reset * load(a.state[r] + u);
@@ -83,7 +89,8 @@ template <class T> inline void gru_reset_rows(const Block<T>& a) {
     }
 }
 // Second half; the tile's columns 32.. hold (r*h) W_hn^T.
-template <class T> inline void gru_candidate_rows(const Block<T>& a) {
+template <class T>
+inline void gru_candidate_rows(const Block<T>& a) {
   for (int u = 0; u < 16; u += Simd<T>::N)
     for (int r = 0; r < a.rows; ++r) {
       const Vec<T> n = tanh(a.gate(r, 32 + u)), next = load(a.update[r] + u) * (load(a.state[r] + u) - n) + n;
@@ -93,7 +100,8 @@ template <class T> inline void gru_candidate_rows(const Block<T>& a) {
     }
 }
 
-template <class T> inline void rnn_rows(Cell cell, const Block<T>& a) {
+template <class T>
+inline void rnn_rows(Cell cell, const Block<T>& a) {
   const auto each = [&](auto activation) {
     for (int r = 0; r < a.rows; ++r)
       for (int u = 0; u < 64; u += Simd<T>::N) store(a.out + r * 64 + u, activation(a.gate(r, u)));

@@ -12,10 +12,11 @@
 namespace pyops::rnn::PYOPS_ISA {
 namespace {
 
-template <class S, int G> struct ForwardPass {
+template <class S, int G>
+struct ForwardPass {
   using E = typename Gemm<S>::Elem;
   using T = typename Gemm<S>::Real;
-  static constexpr int U = G == 1 ? 64 : 16;        // units of a panel
+  static constexpr int U = G == 1 ? 64 : 16;         // units of a panel
   static constexpr int COLS = G == 1 ? 64 : 16 * G;  // columns of a panel
   static constexpr int ROWS = kRows<E, COLS>;
   static constexpr bool kStage = !std::is_same_v<S, E>;  // input rows must be converted before the GEMM reads them
@@ -39,9 +40,13 @@ template <class S, int G> struct ForwardPass {
   }
 
   ForwardPass(const LayerForward& params, int threads)
-      : p(params), panels((p.H + U - 1) / U), ldi(round_up(p.I, 16) + 16), ldh(round_up(p.H, U) + 16),
+      : p(params),
+        panels((p.H + U - 1) / U),
+        ldi(round_up(p.I, 16) + 16),
+        ldh(round_up(p.H, U) + 16),
         chunk_rows(pick_chunk(panels * COLS, threads)),
-        stage_input(kStage || (sizeof(E) == 2 && p.I % 2)), reset_before(p.cell == Cell::gru_reset_before) {}
+        stage_input(kStage || (sizeof(E) == 2 && p.I % 2)),
+        reset_before(p.cell == Cell::gru_reset_before) {}
 
   void lay_out(Layout& at, int threads) {
     weight_ih = at.take<E>(panels * round_up(p.I, 2) * COLS);
@@ -116,9 +121,9 @@ template <class S, int G> struct ForwardPass {
   // ------------------------------------------------------------------------------------------------------- one thread
 
   struct Thread {
-    int64_t panel0, panel1;    // its panels
+    int64_t panel0, panel1;       // its panels
     int64_t first, stride, rows;  // its group's rows: first, first + stride, ...
-    T* gates;                  // [panel - panel0][chunk_rows][COLS]
+    T* gates;                     // [panel - panel0][chunk_rows][COLS]
     E* staged;
     const E** input_rows;
     int64_t row(int64_t i) const { return first + i * stride; }
@@ -153,7 +158,8 @@ template <class S, int G> struct ForwardPass {
   enum Phase { kWhole, kReset, kCandidate };
 
   // Step s for rows i0..i1 of the group, whose input gates start at chunk row `at`.
-  template <int PHASE> void step(const Thread& me, int64_t s, int64_t i0, int64_t i1, int64_t at) {
+  template <int PHASE>
+  void step(const Thread& me, int64_t s, int64_t i0, int64_t i1, int64_t at) {
     constexpr int C0 = PHASE == kCandidate ? 32 : 0, C = PHASE == kReset ? 32 : PHASE == kCandidate ? 16 : COLS;
     constexpr int kBlock = kRows<E, C>;
     const E* from = PHASE == kCandidate ? reset_h : h[s % 2];
@@ -171,7 +177,8 @@ template <class S, int G> struct ForwardPass {
     }
   }
 
-  template <int PHASE> void finish_rows(const Thread& me, int64_t panel, int64_t s, int64_t i, int rows, const T* tile, const T* gx) {
+  template <int PHASE>
+  void finish_rows(const Thread& me, int64_t panel, int64_t s, int64_t i, int rows, const T* tile, const T* gx) {
     const int64_t u0 = panel * U, H = p.H;
     const int n = static_cast<int>(H - u0 < U ? H - u0 : U);
     alignas(64) T out[Block<T>::kMost * U];
@@ -242,7 +249,8 @@ template <class S, int G> struct ForwardPass {
   }
 };
 
-template <class S, int G> void forward_sequence(const LayerForward& p) {
+template <class S, int G>
+void forward_sequence(const LayerForward& p) {
   using Pass = ForwardPass<S, G>;
   int threads = cpu::max_threads();
   // Waking the pool costs 2-5 us: below a million multiply-adds (10 us of one core) one thread is faster.
@@ -259,10 +267,13 @@ template <class S, int G> void forward_sequence(const LayerForward& p) {
   } context{&pass, block.take<cpu::Barrier>(threads)};
   for (int i = 0; i < threads; ++i) context.barriers[i] = {};
   sort_rows(p.lengths, p.T, p.B, pass.order, pass.len);
-  cpu::run_team(threads, [](const Team& team, void* at) {
-    auto* c = static_cast<Context*>(at);
-    c->pass->run(team, c->barriers);
-  }, &context);
+  cpu::run_team(
+      threads,
+      [](const Team& team, void* at) {
+        auto* c = static_cast<Context*>(at);
+        c->pass->run(team, c->barriers);
+      },
+      &context);
 }
 
 }  // namespace

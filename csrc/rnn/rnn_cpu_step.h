@@ -9,7 +9,8 @@
 namespace pyops::rnn::PYOPS_ISA {
 namespace {
 
-template <class E> inline void multiply_add(vf& sum, vf a, vf b) {
+template <class E>
+inline void multiply_add(vf& sum, vf a, vf b) {
 #if defined(__AVX512BF16__)
   if constexpr (sizeof(E) == 2) {
     sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
@@ -41,7 +42,8 @@ inline void dot(const S* const (&w)[M], const E* const (&x)[NB], int64_t K, vf (
       for (int i = 0; i < NB; ++i) multiply_add<E>(acc[m][i], load_lanes<E>(w[m], k, K), load_lanes<E>(x[i], k, K));
 }
 
-template <class S, int G> struct StepPass {
+template <class S, int G>
+struct StepPass {
   using E = typename Gemm<S>::Elem;
   static constexpr int U = G == 1 ? 64 : 16;
   static constexpr bool kStage = !std::is_same_v<S, E>;
@@ -60,9 +62,7 @@ template <class S, int G> struct StepPass {
   }
 
   S* output(int64_t t, int64_t b) const { return static_cast<S*>(p.output.data) + t * p.output.t + b * p.output.b; }
-  const S* input(int64_t t, int64_t b) const {
-    return static_cast<const S*>(p.input.data) + t * p.input.t + b * p.input.b;
-  }
+  const S* input(int64_t t, int64_t b) const { return static_cast<const S*>(p.input.data) + t * p.input.t + b * p.input.b; }
 
   void start() {
     for (int64_t b = 0; b < p.B; ++b) {
@@ -83,7 +83,8 @@ template <class S, int G> struct StepPass {
   }
 
   // Units u0 .. u0 + U of NB rows at step s.
-  template <int NB> void units(int64_t s, int64_t u0, int64_t b0, const float* bias) {
+  template <int NB>
+  void units(int64_t s, int64_t u0, int64_t b0, const float* bias) {
     const int64_t t = p.reverse ? p.T - 1 - s : s, H = p.H;
     const S* weight_ih = static_cast<const S*>(p.weight_ih);
     const S* weight_hh = static_cast<const S*>(p.weight_hh);
@@ -170,7 +171,8 @@ inline bool few_rows(const LayerForward& p) {
          p.T * ((p.B + 3) / 4) <= 8;
 }
 
-template <class S, int G> void forward_step(const LayerForward& p) {
+template <class S, int G>
+void forward_step(const LayerForward& p) {
   using Pass = StepPass<S, G>;
   Pass pass(p);
   Layout size{nullptr};
@@ -183,13 +185,15 @@ template <class S, int G> void forward_step(const LayerForward& p) {
   cpu::run_team(threads, [](const Team& team, void* at) { static_cast<Pass*>(at)->run(team); }, &pass);
 }
 
-template <class S, int G> void forward(const LayerForward& p) {
+template <class S, int G>
+void forward(const LayerForward& p) {
   if constexpr (!std::is_same_v<S, double>)
     if (few_rows(p)) return forward_step<S, G>(p);
   forward_sequence<S, G>(p);
 }
 
-template <int G> void forward_any(const LayerForward& p) {
+template <int G>
+void forward_any(const LayerForward& p) {
   switch (p.dtype) {
     case DType::f32: return forward<float, G>(p);
     case DType::f64: return forward<double, G>(p);

@@ -19,9 +19,7 @@ const int64_t* lengths_of(const MaybeTensor& lengths, const Dims& d) {
   return values;
 }
 
-ScalarType compute_type(const Tensor& input) {
-  return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
+ScalarType compute_type(const Tensor& input) { return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(int64_t cell_id, const Tensor& input_, const MaybeTensor& h0_, const MaybeTensor& c0_,
                                                    const Tensor& weight_ih_, const Tensor& weight_hh_, const MaybeTensor& bias_ih_,
@@ -44,7 +42,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(int64_t cell_id, const Tensor
   Tensor output = empty_rows(input, d, d.H);
   Tensor h_n = empty(input, {d.B, d.H}, input.scalar_type());
   Tensor c_n = lstm ? empty(input, {d.B, d.H}, input.scalar_type()) : empty(input, {0}, input.scalar_type());
-  Tensor reserve = save && saved(cell) ? empty(input, {d.T, d.B, saved(cell), d.H}, compute_type(input)) : empty(input, {0}, compute_type(input));
+  Tensor reserve =
+      save && saved(cell) ? empty(input, {d.T, d.B, saved(cell), d.H}, compute_type(input)) : empty(input, {0}, compute_type(input));
 
   LayerForward p{};
   p.cell = cell;
@@ -71,7 +70,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_fwd(int64_t cell, Tensor input, M
 }
 
 std::tuple<Tensor, Tensor, Tensor> rnn_infer(int64_t cell, Tensor input, MaybeTensor h0, MaybeTensor c0, Tensor weight_ih, Tensor weight_hh,
-                                             MaybeTensor bias_ih, MaybeTensor bias_hh, MaybeTensor lengths, bool batch_first, bool reverse) {
+                                             MaybeTensor bias_ih, MaybeTensor bias_hh, MaybeTensor lengths, bool batch_first,
+                                             bool reverse) {
   auto [output, h_n, c_n, reserve] =
       forward(cell, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, batch_first, reverse, false);
   return {output, h_n, c_n};
@@ -98,11 +98,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_bwd(int64
     else check_tensor("output", like_output, input_, {T, B, d.H});
   }
   const Tensor reserve = as_contiguous(reserve_);
-  STD_TORCH_CHECK(reserve.numel() == T * B * saved(cell) * d.H && reserve.scalar_type() == compute_type(input_), "reserve: not from rnn_fwd");
+  STD_TORCH_CHECK(reserve.numel() == T * B * saved(cell) * d.H && reserve.scalar_type() == compute_type(input_),
+                  "reserve: not from rnn_fwd");
 
   const Tensor input = with_contiguous_rows(input_), output = with_contiguous_rows(output_);
   const Tensor weight_ih = as_contiguous(weight_ih_), weight_hh = as_contiguous(weight_hh_);
-  const MaybeTensor h0 = as_contiguous(h0_), c0 = as_contiguous(c0_), grad_h_n = as_contiguous(grad_h_n_), grad_c_n = as_contiguous(grad_c_n_);
+  const MaybeTensor h0 = as_contiguous(h0_), c0 = as_contiguous(c0_), grad_h_n = as_contiguous(grad_h_n_),
+                    grad_c_n = as_contiguous(grad_c_n_);
   const MaybeTensor grad_output = grad_output_.has_value() ? MaybeTensor(with_contiguous_rows(*grad_output_)) : grad_output_;
   const MaybeTensor lengths = as_contiguous(lengths_);
 

@@ -10,9 +10,9 @@
 namespace pyops::rnn {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_scan_fwd(int64_t cell_id, Tensor gates_x_, MaybeTensor h0_, MaybeTensor c0_, Tensor weight_hh_,
-                                                        MaybeTensor bias_hh_, MaybeTensor lengths_, bool batch_first, bool reverse,
-                                                        bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_scan_fwd(int64_t cell_id, Tensor gates_x_, MaybeTensor h0_, MaybeTensor c0_,
+                                                        Tensor weight_hh_, MaybeTensor bias_hh_, MaybeTensor lengths_, bool batch_first,
+                                                        bool reverse, bool save) {
   const Cell cell = cell_of(cell_id);
   const Dims d = dims_of(gates_x_, weight_hh_, batch_first);
   const int64_t GH = gates(cell) * d.H;

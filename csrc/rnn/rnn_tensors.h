@@ -48,9 +48,9 @@ inline Tensor empty_rows(const Tensor& like, const Dims& d, int64_t width) {
 // Lengths for a kernel on `like`'s device; null when there are none. Their values are the kernel's to clamp.
 inline const int64_t* device_lengths(const MaybeTensor& lengths, const Tensor& like, const Dims& d) {
   if (!lengths.has_value()) return nullptr;
-  STD_TORCH_CHECK(lengths->device() == like.device() && lengths->scalar_type() == ScalarType::Long && lengths->dim() == 1 &&
-                      lengths->size(0) == d.B,
-                  "lengths: expected an int64 tensor of shape [", d.B, "] on input's device");
+  STD_TORCH_CHECK(
+      lengths->device() == like.device() && lengths->scalar_type() == ScalarType::Long && lengths->dim() == 1 && lengths->size(0) == d.B,
+      "lengths: expected an int64 tensor of shape [", d.B, "] on input's device");
   return lengths->const_data_ptr<int64_t>();
 }
 

@@ -4,7 +4,8 @@
 namespace pyops::rnn {
 
 const char* why_not(Path path, Cell cell, DType dtype, int64_t H, bool backward, int sm_count, int shared_bytes) {
-  if (dtype != DType::f32 && dtype != DType::bf16 && dtype != DType::f16) return "the GPU recurrence computes float32, bfloat16 and float16 only";
+  if (dtype != DType::f32 && dtype != DType::bf16 && dtype != DType::f16)
+    return "the GPU recurrence computes float32, bfloat16 and float16 only";
   if (H > (int64_t{1} << 24)) return "hidden sizes above 2^24 are not supported";
   if (path == Path::one_cta) {
     const int warps = dispatch(cell, dtype, [](auto kind, auto type) { return kManyWarps<decltype(kind)::kind, decltype(type)>; });

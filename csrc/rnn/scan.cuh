@@ -30,8 +30,7 @@ PathChoice choose_path(Cell cell, DType dtype, int64_t B, int64_t H, bool backwa
 
 // For the current device. `forced` must be the same in both calls. All work is queued on `stream`: nothing is allocated,
 // nothing waits, capturable into a CUDA graph. Throws std::runtime_error on a CUDA error. T, B, H >= 1.
-size_t scan_workspace(Cell cell, DType dtype, int64_t T, int64_t B, int64_t H, bool backward,
-                      std::optional<Path> forced = std::nullopt);
+size_t scan_workspace(Cell cell, DType dtype, int64_t T, int64_t B, int64_t H, bool backward, std::optional<Path> forced = std::nullopt);
 void scan_forward(const ScanForward& p, cudaStream_t stream, std::optional<Path> forced = std::nullopt);
 void scan_backward(const ScanBackward& p, cudaStream_t stream, std::optional<Path> forced = std::nullopt);
 

@@ -13,9 +13,12 @@ constexpr int kStepUnits = 32, kStepRows = 64, kStepK = 32, kStages = 3;
 constexpr int kRowTiles = 2;  // batch tiles of 8 rows per warp
 
 // Elements per row at rest in shared memory: 16-bit rows are 64 bytes, read two at a time; float rows need a gap.
-template <class T> constexpr int kStepPitch = is_16bit<T> ? kStepK : kStepK + 4;
-template <class T, int NQ> constexpr int kStageElements = (NQ * kStepUnits + kStepRows) * kStepPitch<T>;
-template <class T, int NQ> constexpr size_t kStepShared = kStages * kStageElements<T, NQ> * sizeof(T);
+template <class T>
+constexpr int kStepPitch = is_16bit<T> ? kStepK : kStepK + 4;
+template <class T, int NQ>
+constexpr int kStageElements = (NQ * kStepUnits + kStepRows) * kStepPitch<T>;
+template <class T, int NQ>
+constexpr size_t kStepShared = kStages * kStageElements<T, NQ> * sizeof(T);
 
 struct StepWorkspace {
   void* exchange;   // [2][padded B][width] of T: what the next product multiplies
@@ -54,8 +57,8 @@ struct StepParams {
 // One stage: row pieces of kStepK elements from K = k. Weight rows land in tile order (unit 2g at row g, unit 2g+1 at row g+8
 // of its 16), so that neighbouring lanes read neighbouring rows.
 template <class T, int NQ>
-PYOPS_DEVICE void load_stage(T* stage, const T* weights, int64_t gate_stride, int64_t weight_pitch, const T* states,
-                             int64_t state_stride, int64_t k) {
+PYOPS_DEVICE void load_stage(T* stage, const T* weights, int64_t gate_stride, int64_t weight_pitch, const T* states, int64_t state_stride,
+                             int64_t k) {
   constexpr int kPieces = kStepK / kLaneK<T>, kWeightRows = NQ * kStepUnits;
   for (int i = threadIdx.x; i < (kWeightRows + kStepRows) * kPieces; i += kStepThreads) {
     const int row = i / kPieces, column = i % kPieces * kLaneK<T>;
@@ -70,8 +73,8 @@ PYOPS_DEVICE void load_stage(T* stage, const T* weights, int64_t gate_stride, in
 
 // sum[q][tile] for this warp's 16 units and batch tiles. `weights` and `states` point at the block's first unit and row.
 template <class T, int NQ>
-PYOPS_DEVICE void step_product(float (&sum)[NQ][kRowTiles][4], const T* weights, int64_t gate_stride, int64_t weight_pitch,
-                               const T* states, int64_t state_stride, int64_t K) {
+PYOPS_DEVICE void step_product(float (&sum)[NQ][kRowTiles][4], const T* weights, int64_t gate_stride, int64_t weight_pitch, const T* states,
+                               int64_t state_stride, int64_t K) {
   T* const shared = reinterpret_cast<T*>(dynamic_shared());
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int unit_row = warp % 2 * kTileUnits, batch_row = NQ * kStepUnits + warp / 2 * kRowTiles * kTileRows;
@@ -131,7 +134,8 @@ struct PackParams {
 };
 
 template <class Element, bool kTranspose>
-PYOPS_KERNEL(kStepThreads) pack_weights(PackParams p) {
+PYOPS_KERNEL(kStepThreads)
+pack_weights(PackParams p) {
   auto* const tile = reinterpret_cast<Element*>(dynamic_shared());  // [32][33]
   const int64_t H = p.H, padded = gridDim.x * 32;
   const int q = blockIdx.z, column0 = blockIdx.x * 32, row0 = blockIdx.y * 32, x = threadIdx.x % 32;

@@ -15,7 +15,8 @@ namespace {
 
 // kPhase 1: gru_before's second half, the gradient of r*h and of r. s = -1: grad_h0.
 template <Kind K, class T, int kPhase>
-PYOPS_KERNEL(kStepThreads) step_backward(StepParams<ScanBackward> params) {
+PYOPS_KERNEL(kStepThreads)
+step_backward(StepParams<ScanBackward> params) {
   constexpr int G = gates_of(K);
   constexpr bool kTwoPhases = K == Kind::gru_before;
   const ScanBackward& p = params.scan;
@@ -32,36 +33,35 @@ PYOPS_KERNEL(kStepThreads) step_backward(StepParams<ScanBackward> params) {
                        from + static_cast<int64_t>(blockIdx.y) * kStepRows * pitch + first_k, pitch, k_count);
 
   PYOPS_UNROLL
-  for (int tile = 0; tile < kRowTiles; ++tile)
-    PYOPS_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int b = step_row(tile, j), u = step_unit(j);
-      if (b >= p.B || u >= H) continue;
-      const int length = length_of(p, b);
-      const int64_t cell = cell_index(p, b, u);
-      const float product = sum[0][tile][j];
-      if (s >= length) {
-        if (kPhase == 0) backward_padding<K, T>(p, s, b, u);
-        continue;
-      }
-      float state = K == Kind::rnn || (kPhase == 0 && s == length - 1) ? 0.f : w.state[cell];
-      if (kPhase == 0 && s < 0) {
-        if (length > 0) store_grad_h0<T>(p, b, u, recurrent_gradient<K>(product, state));
-        continue;
-      }
-      const BackwardInputs<K, T> in = load_backward<K, T>(p, s, length, b, u);
-      T* gradient = own + b * pitch + u;
-      if constexpr (kPhase == 0) {
-        float grad[G], dh = in.dh;
-        if (s != length - 1) dh += recurrent_gradient<K>(product, state);
-        backward_cell<K, T>(p, s, length, b, u, in, dh, state, grad);
-        PYOPS_UNROLL
-        for (int q = kTwoPhases ? 1 : 0; q < G; ++q) gradient[q * gate_pitch] = from_float<T>(grad[q]);
-      } else {
-        gradient[0] = from_float<T>(backward_reset<T>(p, s, length, b, u, in.saved[0], in.saved[4], product, state));
-      }
-      if (K != Kind::rnn) w.state[cell] = state;
+  for (int tile = 0; tile < kRowTiles; ++tile) PYOPS_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const int b = step_row(tile, j), u = step_unit(j);
+    if (b >= p.B || u >= H) continue;
+    const int length = length_of(p, b);
+    const int64_t cell = cell_index(p, b, u);
+    const float product = sum[0][tile][j];
+    if (s >= length) {
+      if (kPhase == 0) backward_padding<K, T>(p, s, b, u);
+      continue;
     }
+    float state = K == Kind::rnn || (kPhase == 0 && s == length - 1) ? 0.f : w.state[cell];
+    if (kPhase == 0 && s < 0) {
+      if (length > 0) store_grad_h0<T>(p, b, u, recurrent_gradient<K>(product, state));
+      continue;
+    }
+    const BackwardInputs<K, T> in = load_backward<K, T>(p, s, length, b, u);
+    T* gradient = own + b * pitch + u;
+    if constexpr (kPhase == 0) {
+      float grad[G], dh = in.dh;
+      if (s != length - 1) dh += recurrent_gradient<K>(product, state);
+      backward_cell<K, T>(p, s, length, b, u, in, dh, state, grad);
+      PYOPS_UNROLL
+      for (int q = kTwoPhases ? 1 : 0; q < G; ++q) gradient[q * gate_pitch] = from_float<T>(grad[q]);
+    } else {
+      gradient[0] = from_float<T>(backward_reset<T>(p, s, length, b, u, in.saved[0], in.saved[4], product, state));
+    }
+    if (K != Kind::rnn) w.state[cell] = state;
+  }
 }
 
 }  // namespace
@@ -71,8 +71,7 @@ void step_backward_launch(const ScanBackward& p, cudaStream_t stream) {
     constexpr Kind K = decltype(kind)::kind;
     using T = decltype(type);
     constexpr int G = gates_of(K);
-    StepParams<ScanBackward> params{p, carve_step(p.workspace, K, sizeof(T), p.B, p.H, true),
-                                    padded_rows(p.B) * padded_hidden(p.H) * G, 0};
+    StepParams<ScanBackward> params{p, carve_step(p.workspace, K, sizeof(T), p.B, p.H, true), padded_rows(p.B) * padded_hidden(p.H) * G, 0};
     zero_async(p.workspace, params.workspace.zeroed, stream);
     launch_pack<T, true>(p.weight_hh, params.workspace.weights, p.H, G, stream);
 
@@ -86,14 +85,22 @@ void step_backward_launch(const ScanBackward& p, cudaStream_t stream) {
 }
 
 static const KernelRegistration registration({
-    PYOPS_KERNEL_INFO(step_backward, Kind::lstm, float, 0), PYOPS_KERNEL_INFO(step_backward, Kind::lstm, bf16, 0),
-    PYOPS_KERNEL_INFO(step_backward, Kind::lstm, f16, 0), PYOPS_KERNEL_INFO(step_backward, Kind::gru, float, 0),
-    PYOPS_KERNEL_INFO(step_backward, Kind::gru, bf16, 0), PYOPS_KERNEL_INFO(step_backward, Kind::gru, f16, 0),
-    PYOPS_KERNEL_INFO(step_backward, Kind::gru_before, float, 0), PYOPS_KERNEL_INFO(step_backward, Kind::gru_before, bf16, 0),
-    PYOPS_KERNEL_INFO(step_backward, Kind::gru_before, f16, 0), PYOPS_KERNEL_INFO(step_backward, Kind::gru_before, float, 1),
-    PYOPS_KERNEL_INFO(step_backward, Kind::gru_before, bf16, 1), PYOPS_KERNEL_INFO(step_backward, Kind::gru_before, f16, 1),
-    PYOPS_KERNEL_INFO(step_backward, Kind::rnn, float, 0), PYOPS_KERNEL_INFO(step_backward, Kind::rnn, bf16, 0),
-    PYOPS_KERNEL_INFO(step_backward, Kind::rnn, f16, 0), PYOPS_KERNEL_INFO(pack_weights, uint16_t, true),
+    PYOPS_KERNEL_INFO(step_backward, Kind::lstm, float, 0),
+    PYOPS_KERNEL_INFO(step_backward, Kind::lstm, bf16, 0),
+    PYOPS_KERNEL_INFO(step_backward, Kind::lstm, f16, 0),
+    PYOPS_KERNEL_INFO(step_backward, Kind::gru, float, 0),
+    PYOPS_KERNEL_INFO(step_backward, Kind::gru, bf16, 0),
+    PYOPS_KERNEL_INFO(step_backward, Kind::gru, f16, 0),
+    PYOPS_KERNEL_INFO(step_backward, Kind::gru_before, float, 0),
+    PYOPS_KERNEL_INFO(step_backward, Kind::gru_before, bf16, 0),
+    PYOPS_KERNEL_INFO(step_backward, Kind::gru_before, f16, 0),
+    PYOPS_KERNEL_INFO(step_backward, Kind::gru_before, float, 1),
+    PYOPS_KERNEL_INFO(step_backward, Kind::gru_before, bf16, 1),
+    PYOPS_KERNEL_INFO(step_backward, Kind::gru_before, f16, 1),
+    PYOPS_KERNEL_INFO(step_backward, Kind::rnn, float, 0),
+    PYOPS_KERNEL_INFO(step_backward, Kind::rnn, bf16, 0),
+    PYOPS_KERNEL_INFO(step_backward, Kind::rnn, f16, 0),
+    PYOPS_KERNEL_INFO(pack_weights, uint16_t, true),
     PYOPS_KERNEL_INFO(pack_weights, uint32_t, true),
 });
 

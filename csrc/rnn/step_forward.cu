@@ -15,7 +15,8 @@ namespace {
 
 // kPhase: gru_before's first (r, z, r*h) or second (n, h') half; 0 for every other kind.
 template <Kind K, class T, int kPhase>
-PYOPS_KERNEL(kStepThreads) step_forward(StepParams<ScanForward> params) {
+PYOPS_KERNEL(kStepThreads)
+step_forward(StepParams<ScanForward> params) {
   constexpr int G = gates_of(K);
   constexpr bool kTwoPhases = K == Kind::gru_before;
   constexpr int kBegin = kPhase == 0 ? 0 : 2, NQ = kTwoPhases ? (kPhase == 0 ? 2 : 1) : G;
@@ -29,46 +30,45 @@ PYOPS_KERNEL(kStepThreads) step_forward(StepParams<ScanForward> params) {
 
   float sum[NQ][kRowTiles][4] = {};
   if (any_row_takes_part(p, s))
-    step_product<T, NQ>(sum, static_cast<const T*>(w.weights) + kBegin * gate_stride + static_cast<int64_t>(blockIdx.x) * kStepUnits * pitch,
-                        gate_stride, pitch,
-                        (kPhase == 0 ? exchange + s % 2 * params.exchange_elements : reset_exchange) +
-                            static_cast<int64_t>(blockIdx.y) * kStepRows * pitch,
-                        pitch, pitch);
+    step_product<T, NQ>(
+        sum, static_cast<const T*>(w.weights) + kBegin * gate_stride + static_cast<int64_t>(blockIdx.x) * kStepUnits * pitch, gate_stride,
+        pitch,
+        (kPhase == 0 ? exchange + s % 2 * params.exchange_elements : reset_exchange) + static_cast<int64_t>(blockIdx.y) * kStepRows * pitch,
+        pitch, pitch);
 
   PYOPS_UNROLL
-  for (int tile = 0; tile < kRowTiles; ++tile)
-    PYOPS_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int b = step_row(tile, j), u = step_unit(j);
-      if (b >= p.B || u >= H) continue;
-      const int length = length_of(p, b);
-      if (s >= length) {
-        if (kPhase == 0) forward_padding<K, T>(p, s, b, u);
-        continue;
-      }
-      const int64_t t = time_of(p, length, s), cell = cell_index(p, b, u);
-      const T* gates_x = at<T>(p.gates_x, t, b) + u;
-      float state = K == Kind::rnn ? 0.f : s == 0 ? initial_state<K, T>(p, b, u) : w.state[cell];
-      float a[NQ], x_n = 0.f;
-      PYOPS_UNROLL
-      for (int q = 0; q < NQ; ++q) {
-        const int64_t gate = static_cast<int64_t>(kBegin + q) * H;
-        a[q] = sum[q][tile][j] + load_or_zero<T>(p.bias_hh, gate + u);
-        if (joins_x<K>(kBegin + q)) a[q] += to_float(gates_x[gate]);
-        else x_n = to_float(gates_x[gate]);
-      }
-      if constexpr (kTwoPhases && kPhase == 0) {
-        float z;
-        reset_exchange[b * pitch + u] = from_float<T>(forward_reset<T>(p, t, b, u, a[0], a[1], state, z));
-        w.aux[cell] = z;
-      } else {
-        float h;
-        if constexpr (kTwoPhases) h = forward_update<T>(p, t, b, u, s == length - 1, a[0], w.aux[cell], state);
-        else h = forward_cell<K, T>(p, t, b, u, s == length - 1, a, x_n, state);
-        h_next[b * pitch + u] = from_float<T>(h);
-        if (K != Kind::rnn) w.state[cell] = state;
-      }
+  for (int tile = 0; tile < kRowTiles; ++tile) PYOPS_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const int b = step_row(tile, j), u = step_unit(j);
+    if (b >= p.B || u >= H) continue;
+    const int length = length_of(p, b);
+    if (s >= length) {
+      if (kPhase == 0) forward_padding<K, T>(p, s, b, u);
+      continue;
     }
+    const int64_t t = time_of(p, length, s), cell = cell_index(p, b, u);
+    const T* gates_x = at<T>(p.gates_x, t, b) + u;
+    float state = K == Kind::rnn ? 0.f : s == 0 ? initial_state<K, T>(p, b, u) : w.state[cell];
+    float a[NQ], x_n = 0.f;
+    PYOPS_UNROLL
+    for (int q = 0; q < NQ; ++q) {
+      const int64_t gate = static_cast<int64_t>(kBegin + q) * H;
+      a[q] = sum[q][tile][j] + load_or_zero<T>(p.bias_hh, gate + u);
+      if (joins_x<K>(kBegin + q)) a[q] += to_float(gates_x[gate]);
+      else x_n = to_float(gates_x[gate]);
+    }
+    if constexpr (kTwoPhases && kPhase == 0) {
+      float z;
+      reset_exchange[b * pitch + u] = from_float<T>(forward_reset<T>(p, t, b, u, a[0], a[1], state, z));
+      w.aux[cell] = z;
+    } else {
+      float h;
+      if constexpr (kTwoPhases) h = forward_update<T>(p, t, b, u, s == length - 1, a[0], w.aux[cell], state);
+      else h = forward_cell<K, T>(p, t, b, u, s == length - 1, a, x_n, state);
+      h_next[b * pitch + u] = from_float<T>(h);
+      if (K != Kind::rnn) w.state[cell] = state;
+    }
+  }
 }
 
 }  // namespace
@@ -100,14 +100,22 @@ void step_forward_launch(const ScanForward& p, cudaStream_t stream) {
 }
 
 static const KernelRegistration registration({
-    PYOPS_KERNEL_INFO(step_forward, Kind::lstm, float, 0), PYOPS_KERNEL_INFO(step_forward, Kind::lstm, bf16, 0),
-    PYOPS_KERNEL_INFO(step_forward, Kind::lstm, f16, 0), PYOPS_KERNEL_INFO(step_forward, Kind::gru, float, 0),
-    PYOPS_KERNEL_INFO(step_forward, Kind::gru, bf16, 0), PYOPS_KERNEL_INFO(step_forward, Kind::gru, f16, 0),
-    PYOPS_KERNEL_INFO(step_forward, Kind::gru_before, float, 0), PYOPS_KERNEL_INFO(step_forward, Kind::gru_before, bf16, 0),
-    PYOPS_KERNEL_INFO(step_forward, Kind::gru_before, f16, 0), PYOPS_KERNEL_INFO(step_forward, Kind::gru_before, float, 1),
-    PYOPS_KERNEL_INFO(step_forward, Kind::gru_before, bf16, 1), PYOPS_KERNEL_INFO(step_forward, Kind::gru_before, f16, 1),
-    PYOPS_KERNEL_INFO(step_forward, Kind::rnn, float, 0), PYOPS_KERNEL_INFO(step_forward, Kind::rnn, bf16, 0),
-    PYOPS_KERNEL_INFO(step_forward, Kind::rnn, f16, 0), PYOPS_KERNEL_INFO(pack_weights, uint16_t, false),
+    PYOPS_KERNEL_INFO(step_forward, Kind::lstm, float, 0),
+    PYOPS_KERNEL_INFO(step_forward, Kind::lstm, bf16, 0),
+    PYOPS_KERNEL_INFO(step_forward, Kind::lstm, f16, 0),
+    PYOPS_KERNEL_INFO(step_forward, Kind::gru, float, 0),
+    PYOPS_KERNEL_INFO(step_forward, Kind::gru, bf16, 0),
+    PYOPS_KERNEL_INFO(step_forward, Kind::gru, f16, 0),
+    PYOPS_KERNEL_INFO(step_forward, Kind::gru_before, float, 0),
+    PYOPS_KERNEL_INFO(step_forward, Kind::gru_before, bf16, 0),
+    PYOPS_KERNEL_INFO(step_forward, Kind::gru_before, f16, 0),
+    PYOPS_KERNEL_INFO(step_forward, Kind::gru_before, float, 1),
+    PYOPS_KERNEL_INFO(step_forward, Kind::gru_before, bf16, 1),
+    PYOPS_KERNEL_INFO(step_forward, Kind::gru_before, f16, 1),
+    PYOPS_KERNEL_INFO(step_forward, Kind::rnn, float, 0),
+    PYOPS_KERNEL_INFO(step_forward, Kind::rnn, bf16, 0),
+    PYOPS_KERNEL_INFO(step_forward, Kind::rnn, f16, 0),
+    PYOPS_KERNEL_INFO(pack_weights, uint16_t, false),
     PYOPS_KERNEL_INFO(pack_weights, uint32_t, false),
 });
 

@@ -13,24 +13,36 @@ namespace pyops::rnn {
 
 constexpr int kTileUnits = 16, kTileRows = 8;
 
-template <class T> constexpr int kBlockK = is_16bit<T> ? 32 : 4;
-template <class T> constexpr int kLaneK = is_16bit<T> ? 8 : 4;  // elements in 16 bytes
+template <class T>
+constexpr int kBlockK = is_16bit<T> ? 32 : 4;
+template <class T>
+constexpr int kLaneK = is_16bit<T> ? 8 : 4;  // elements in 16 bytes
 // A 16 x kBlockK weight fragment at rest, in 16-byte pieces in the order lanes read them: conflict-free.
-template <class T> constexpr int kFragmentPieces = is_16bit<T> ? 64 : 16;
+template <class T>
+constexpr int kFragmentPieces = is_16bit<T> ? 64 : 16;
 
-struct WeightFragment { uint4 row[2]; };                               // units 2g and 2g+1
-template <class T> struct StateFragment { uint4 row[is_16bit<T> ? 1 : 2]; };  // batch row g; float: rows 2t and 2t+1
+struct WeightFragment {
+  uint4 row[2];
+};  // units 2g and 2g+1
+template <class T>
+struct StateFragment {
+  uint4 row[is_16bit<T> ? 1 : 2];
+};  // batch row g; float: rows 2t and 2t+1
 
 PYOPS_DEVICE int tile_unit(int lane, int j) { return lane / 4 * 2 + j / 2; }
 PYOPS_DEVICE int tile_row(int lane, int j) { return lane % 4 * 2 + j % 2; }
 
 // First element, within a block of K, of this lane's 16 bytes.
 template <class T>
-PYOPS_DEVICE int lane_k(int lane) { return is_16bit<T> ? lane % 4 * 8 : 0; }
+PYOPS_DEVICE int lane_k(int lane) {
+  return is_16bit<T> ? lane % 4 * 8 : 0;
+}
 
 // The batch row of this lane's piece i of a StateFragment.
 template <class T>
-PYOPS_DEVICE int state_row(int lane, int i) { return is_16bit<T> ? lane / 4 : lane % 4 * 2 + i; }
+PYOPS_DEVICE int state_row(int lane, int i) {
+  return is_16bit<T> ? lane / 4 : lane % 4 * 2 + i;
+}
 
 template <class T>
 PYOPS_DEVICE void multiply(float (&sum)[4], const WeightFragment& w, const StateFragment<T>& h) {
@@ -97,7 +109,10 @@ struct ResidentWeights {
   }
 
   PYOPS_DEVICE static uint4 gather(const T* weight, int H, int q, int unit, int k) {  // zeros outside the matrix
-    union { uint4 piece; T element[kLaneK<T>]; } value;
+    union {
+      uint4 piece;
+      T element[kLaneK<T>];
+    } value;
     value.piece = uint4{0, 0, 0, 0};
     PYOPS_UNROLL
     for (int e = 0; e < kLaneK<T>; ++e)
@@ -117,21 +132,17 @@ struct ResidentWeights {
     shared = own_shared, first = first_block, count = blocks;
     const int unit = unit0 + tile_unit(lane, 0), k0 = first * kBlockK<T> + lane_k<T>(lane);
     PYOPS_UNROLL
-    for (int block = 0; block < kRegisters; ++block)
-      PYOPS_UNROLL
-      for (int q = 0; q < G; ++q)
-        PYOPS_UNROLL
-        for (int i = 0; i < 2; ++i)
-          fragments[q][block].row[i] =
-              block < count ? gather(weight, H, q, unit + i, k0 + block * kBlockK<T>) : uint4{0, 0, 0, 0};
+    for (int block = 0; block < kRegisters; ++block) PYOPS_UNROLL
+    for (int q = 0; q < G; ++q) PYOPS_UNROLL
+    for (int i = 0; i < 2; ++i)
+      fragments[q][block].row[i] = block < count ? gather(weight, H, q, unit + i, k0 + block * kBlockK<T>) : uint4{0, 0, 0, 0};
     PYOPS_NO_UNROLL
-    for (int block = kRegisters; block < count; ++block)
-      PYOPS_NO_UNROLL
-      for (int q = 0; q < G; ++q)
-        if (is_16bit<T> || lane % 4 == 0) {
-          *piece(q, block, 0, lane) = gather(weight, H, q, unit, k0 + block * kBlockK<T>);
-          *piece(q, block, 1, lane) = gather(weight, H, q, unit + 1, k0 + block * kBlockK<T>);
-        }
+    for (int block = kRegisters; block < count; ++block) PYOPS_NO_UNROLL
+    for (int q = 0; q < G; ++q)
+      if (is_16bit<T> || lane % 4 == 0) {
+        *piece(q, block, 0, lane) = gather(weight, H, q, unit, k0 + block * kBlockK<T>);
+        *piece(q, block, 1, lane) = gather(weight, H, q, unit + 1, k0 + block * kBlockK<T>);
+      }
     __syncwarp();  // a warp reads only what it wrote
   }
 
@@ -144,17 +155,16 @@ struct ResidentWeights {
     for (int block = 0; block < kRegisters; ++block)
       if (block < count)  // the same for the whole warp
         PYOPS_UNROLL
-        for (int q = kBegin; q < kEnd; ++q) {
-          if (kTranspose || q == kBegin) h = load_states(kTranspose ? q : 0, first + block);
-          multiply<T>(sum[q], fragments[q][block], h);
-        }
+    for (int q = kBegin; q < kEnd; ++q) {
+      if (kTranspose || q == kBegin) h = load_states(kTranspose ? q : 0, first + block);
+      multiply<T>(sum[q], fragments[q][block], h);
+    }
     PYOPS_NO_UNROLL
-    for (int block = kRegisters; block < count; ++block)
-      PYOPS_UNROLL
-      for (int q = kBegin; q < kEnd; ++q) {
-        if (kTranspose || q == kBegin) h = load_states(kTranspose ? q : 0, first + block);
-        multiply<T>(sum[q], WeightFragment{*piece(q, block, 0, lane), *piece(q, block, 1, lane)}, h);
-      }
+    for (int block = kRegisters; block < count; ++block) PYOPS_UNROLL
+    for (int q = kBegin; q < kEnd; ++q) {
+      if (kTranspose || q == kBegin) h = load_states(kTranspose ? q : 0, first + block);
+      multiply<T>(sum[q], WeightFragment{*piece(q, block, 0, lane), *piece(q, block, 1, lane)}, h);
+    }
   }
 };
 

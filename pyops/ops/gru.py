@@ -79,9 +79,23 @@ def gru_cell(
     return _rnn.run("gru_cell", cell, input, hx, None, weight_ih, weight_hh, bias_ih, bias_hh, False, False, None, backend, True)[1]
 
 
-def _facts(input, hx, weight_ih, weight_hh, *biases, batch_first=False, reverse=False, lengths=None, reset_after=True, backend=None):
+def _facts(
+    input,
+    hx,
+    weight_ih,
+    weight_hh,
+    bias_ih=None,
+    bias_hh=None,
+    *,
+    batch_first=False,
+    reverse=False,
+    lengths=None,
+    reset_after=True,
+    backend=None,
+):
     cell = Cell.gru if reset_after else Cell.gru_reset_before
-    return _rnn.facts_of(cell, input, weight_hh, batch_first, reverse, lengths, False), backend
+    tensors = (input, hx, None, weight_ih, weight_hh, bias_ih, bias_hh)
+    return _rnn.facts_of(cell, *tensors, batch_first, reverse, lengths), backend
 
 
 _rnn.explainable(fused_gru, _facts)

@@ -84,8 +84,10 @@ def unpack(hx, op: str):
     raise TypeError(f"{op}: hx: expected a tuple (h_0, c_0) or None, got {type(hx).__name__}")
 
 
-def _facts(input, hx, weight_ih, weight_hh, *biases, batch_first=False, reverse=False, lengths=None, backend=None):
-    return _rnn.facts_of(Cell.lstm, input, weight_hh, batch_first, reverse, lengths, False), backend
+def _facts(input, hx, weight_ih, weight_hh, bias_ih=None, bias_hh=None, *, batch_first=False, reverse=False, lengths=None, backend=None):
+    h0, c0 = unpack(hx, "explain")
+    tensors = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
+    return _rnn.facts_of(Cell.lstm, *tensors, batch_first, reverse, lengths), backend
 
 
 _rnn.explainable(fused_lstm, _facts)

@@ -81,8 +81,22 @@ def cell_of(nonlinearity: str, op: str) -> Cell:
     return CELLS[nonlinearity]
 
 
-def _facts(input, hx, weight_ih, weight_hh, *biases, batch_first=False, reverse=False, lengths=None, nonlinearity="tanh", backend=None):
-    return _rnn.facts_of(cell_of(nonlinearity, "explain"), input, weight_hh, batch_first, reverse, lengths, False), backend
+def _facts(
+    input,
+    hx,
+    weight_ih,
+    weight_hh,
+    bias_ih=None,
+    bias_hh=None,
+    *,
+    batch_first=False,
+    reverse=False,
+    lengths=None,
+    nonlinearity="tanh",
+    backend=None,
+):
+    tensors = (input, hx, None, weight_ih, weight_hh, bias_ih, bias_hh)
+    return _rnn.facts_of(cell_of(nonlinearity, "explain"), *tensors, batch_first, reverse, lengths), backend
 
 
 _rnn.explainable(fused_rnn, _facts)

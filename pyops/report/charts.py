@@ -115,9 +115,7 @@ def speedup_bars(rows: list[tuple[str, list[tuple[str, int, float | None]]]], ti
 
 def xy(series: list[Series], title: str, x_label: str, y_label: str, *, log_x=False, log_y=False, from_zero=False) -> str:
     """Lines and points over two axes; logarithmic axes drop what is not positive."""
-    kept = [
-        Series(s.name, [p for p in s.points if (p[0] > 0 or not log_x) and (p[1] > 0 or not log_y)], s.color, s.look) for s in series
-    ]
+    kept = [Series(s.name, [p for p in s.points if (p[0] > 0 or not log_x) and (p[1] > 0 or not log_y)], s.color, s.look) for s in series]
     points = [point for s in kept for point in s.points]
     if not points:
         return svg(WIDTH, 40, title, [text(WIDTH / 2, 25, "nothing to plot", kind="name")])

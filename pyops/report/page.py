@@ -98,6 +98,10 @@ def grid(figures: Iterable[str]) -> str:
 
 def tiles(facts: Iterable[tuple[str, str, str]]) -> str:
     """The few numbers to see first: (value, what it is, tone)."""
-    return '<div class="tiles">' + "".join(
-        f'<div class="tile"><b class="{tone}">{escape(value)}</b><span>{escape(what)}</span></div>' for value, what, tone in facts
-    ) + "</div>"
+    return (
+        '<div class="tiles">'
+        + "".join(
+            f'<div class="tile"><b class="{tone}">{escape(value)}</b><span>{escape(what)}</span></div>' for value, what, tone in facts
+        )
+        + "</div>"
+    )

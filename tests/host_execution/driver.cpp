@@ -21,9 +21,7 @@ int guarded(char* error, int error_bytes, F&& f) {
   }
 }
 
-std::optional<Path> path_or_auto(int path) {
-  return path < 0 ? std::nullopt : std::optional<Path>(static_cast<Path>(path));
-}
+std::optional<Path> path_or_auto(int path) { return path < 0 ? std::nullopt : std::optional<Path>(static_cast<Path>(path)); }
 
 }  // namespace
 
@@ -60,7 +58,8 @@ int host_choose_path(int cell, int dtype, int64_t B, int64_t H, int backward, in
 int host_kernel_names(char* text, int bytes) {
   int count = 0, used = 0;
   const KernelInfo* kernels = kernel_table(&count);
-  for (int i = 0; i < count && used < bytes; ++i) used += std::snprintf(text + used, static_cast<size_t>(bytes - used), "%s\n", kernels[i].name);
+  for (int i = 0; i < count && used < bytes; ++i)
+    used += std::snprintf(text + used, static_cast<size_t>(bytes - used), "%s\n", kernels[i].name);
   return count;
 }
 

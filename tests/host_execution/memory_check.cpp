@@ -113,8 +113,9 @@ int main(int argc, char** argv) {
             const auto c = static_cast<Cell>(cell);
             const auto d = static_cast<DType>(dtype);
             const auto p = static_cast<Path>(path);
-            return dtype == 0 ? run<float>(c, d, p, shape, seed)
-                 : dtype == 2 ? run<bf16>(c, d, p, shape, seed) : run<f16>(c, d, p, shape, seed);
+            return dtype == 0   ? run<float>(c, d, p, shape, seed)
+                   : dtype == 2 ? run<bf16>(c, d, p, shape, seed)
+                                : run<f16>(c, d, p, shape, seed);
           };
           try {
             if (once(1) != once(2)) {

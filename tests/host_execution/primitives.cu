@@ -14,7 +14,8 @@ struct MatmulParams {
 
 // One warp: C = A B. Operands by ldmatrix (B through .trans), or element by element as the ISA's figures give them.
 template <class T>
-PYOPS_KERNEL(32) matmul_16x8x16(MatmulParams p) {
+PYOPS_KERNEL(32)
+matmul_16x8x16(MatmulParams p) {
   auto* const a = reinterpret_cast<uint16_t*>(dynamic_shared());
   uint16_t* const b = a + 256;
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
@@ -41,7 +42,7 @@ PYOPS_KERNEL(32) matmul_16x8x16(MatmulParams p) {
 struct ReverseParams {
   const float* input;  // [4 * threads]
   float* output;
-  int wait;            // 0: a fault, the copies are read before they land
+  int wait;  // 0: a fault, the copies are read before they land
 };
 
 // Every thread copies 16 bytes asynchronously, then reads its mirror thread's.
@@ -120,9 +121,7 @@ int primitive_reverse(const float* input, float* output, int wait, char* error, 
 int primitive_warp_sum(const float* input, float* output, char* error, int bytes) {
   return run("warp_sum", warp_sum, 32, 0, SumParams{input, output}, error, bytes);
 }
-int primitive_diverged(int kind, char* error, int bytes) {
-  return run("diverged", diverged, 64, 16, DivergedParams{kind}, error, bytes);
-}
+int primitive_diverged(int kind, char* error, int bytes) { return run("diverged", diverged, 64, 16, DivergedParams{kind}, error, bytes); }
 void primitive_round(const float* input, uint16_t* to_bf16, uint16_t* to_f16, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to_bf16[i] = ptx::float_to_bf16(input[i]), to_f16[i] = ptx::float_to_f16(input[i]);
 }

@@ -62,7 +62,8 @@ def _expanded(args):  # one row of input for the whole batch, one bias for all g
 
 def samples(cell: str, options: dict) -> tuple[Sample, ...]:
     def sample(id, T, B, I, H, change=None, bench=False, test=True, **more):
-        return Sample(id, lambda *how: sequence(cell, T, B, I, H, *how, change=change, **options, **more), bench, test)
+        make = partial(sequence, cell, T, B, I, H, change=change, **options, **more)
+        return Sample(id, lambda dtype, device, seed=0: make(dtype, device, seed), bench, test)
 
     return (
         sample("plain", 5, 3, 7, 20),
@@ -96,8 +97,8 @@ def samples(cell: str, options: dict) -> tuple[Sample, ...]:
 
 
 def cell_samples(cell: str) -> tuple[Sample, ...]:
-    def step(B, I, H, change, *how):
-        args, kwargs = sequence(cell, 1, B, I, H, *how, change=change)
+    def step(B, I, H, change, dtype, device, seed=0):
+        args, kwargs = sequence(cell, 1, B, I, H, dtype, device, seed, change=change)
         return (args[0][0], *args[1:]), kwargs
 
     def sample(id, B, I, H, change=None, bench=False, test=True):
@@ -134,6 +135,7 @@ def errors(cell: str, single: bool) -> tuple[ErrorCase, ...]:
     state = (lambda t: (t, z(B, H))) if cell == "lstm" else (lambda t: t)
     found = [
         case("input_kind", TypeError, "input: expected a Tensor, got list", input=[1.0]),
+        case("input_other_form", ValueError, rf"input: expected {layout}, got shape", input=z(2, B, I) if single else z(B, I)),
         case("input_dim", ValueError, rf"input: expected {layout}, got shape \(3,\)", input=z(3)),
         case(
             "input_dtype", ValueError, "input: expected float32, bfloat16", input=z(*([B, I] if single else [2, B, I]), dtype=torch.int64)
