@@ -62,8 +62,10 @@ def _expanded(args):  # one row of input for the whole batch, one bias for all g
 
 def samples(cell: str, options: dict) -> tuple[Sample, ...]:
     def sample(id, T, B, I, H, change=None, bench=False, test=True, **more):
-        make = partial(sequence, cell, T, B, I, H, change=change, **options, **more)
-        return Sample(id, lambda dtype, device, seed=0: make(dtype, device, seed), bench, test)
+        def make(dtype, device, seed=0):
+            return sequence(cell, T, B, I, H, dtype, device, seed, change, **options, **more)
+
+        return Sample(id, make, bench, test)
 
     return (
         sample("plain", 5, 3, 7, 20),
