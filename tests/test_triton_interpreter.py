@@ -85,7 +85,7 @@ def reference(cell: str, tensors: dict, lengths, reverse: bool) -> tuple[list, l
     """Results and gradients by autograd through the step-by-step loop, in the tensors' dtype. Absent states take part as zeros."""
     from pyops.ops import _rnn_reference as R
 
-    number = R.Cell[cell]
+    number = R.CELL_NAMES.index(cell)
     x, w, b = tensors["gates_x"].detach().requires_grad_(), tensors["weight_hh"], tensors["bias_hh"]
     zeros = torch.zeros_like(tensors["grad_h_n"])
     h0, c0 = (zeros.clone() if tensors[key] is None else tensors[key].clone() for key in ("h0", "c0"))

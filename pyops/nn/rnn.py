@@ -26,7 +26,7 @@ class _Sequence(torch.nn.RNNBase):
 
     backend: str | None = None
 
-    def _cell(self) -> Cell:
+    def _cell(self) -> int:
         raise NotImplementedError
 
     def _vendor_takes_all(self, device: str) -> bool:
@@ -154,7 +154,7 @@ class LSTM(_Sequence, torch.nn.LSTM):
         super().__init__(*args, **kwargs)
         self.backend = backend
 
-    def _cell(self) -> Cell:
+    def _cell(self) -> int:
         return Cell.lstm
 
 
@@ -169,7 +169,7 @@ class GRU(_Sequence, torch.nn.GRU):
         self.reset_after = reset_after
         self.backend = backend
 
-    def _cell(self) -> Cell:
+    def _cell(self) -> int:
         return Cell.gru if self.reset_after else Cell.gru_reset_before
 
     def extra_repr(self) -> str:
@@ -188,7 +188,7 @@ class RNN(_Sequence, torch.nn.RNN):
         self.nonlinearity = nonlinearity
         self.backend = backend
 
-    def _cell(self) -> Cell:
+    def _cell(self) -> int:
         return CELLS[self.nonlinearity]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyops import _backends, _library
 from pyops.ops import _rnn_ops  # noqa: F401  (registers the torch ops)
-from pyops.ops._rnn_reference import GATES, Cell, reference_layer
+from pyops.ops._rnn_reference import CELL_NAMES, GATES, Cell, reference_layer
 
 _Tensors = TypeVar("_Tensors", bound=tuple)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -57,7 +57,7 @@ class Facts(NamedTuple):
     compiling: bool
 
     def __str__(self) -> str:
-        name = Cell(self.cell).name
+        name = CELL_NAMES[self.cell]
         return f"{name}, {self.device}, {str(self.dtype)[6:]}, T={self.T}, B={self.B}, I={self.I}, H={self.H}"
 
 
@@ -78,7 +78,7 @@ def unsupported(facts: Facts, backend: str) -> str | None:
     if backend == "triton":
         return _triton_unsupported(facts)
     if facts.cell not in VENDOR:
-        return f"PyTorch has no op for {Cell(facts.cell).name}"
+        return f"PyTorch has no op for {CELL_NAMES[facts.cell]}"
     if facts.has_lengths:
         return "PyTorch's op takes no lengths"
     if facts.reverse:
@@ -98,7 +98,7 @@ def _triton_unsupported(facts: Facts) -> str | None:
     limit = recurrent_limits.SHARED_MEMORY_SM80
     if facts.device == "cuda" and torch.cuda.is_available():
         limit = torch.cuda.get_device_properties().shared_memory_per_block_optin
-    return recurrent_limits.supports(Cell(facts.cell).name, facts.dtype, facts.H, limit)
+    return recurrent_limits.supports(CELL_NAMES[facts.cell], facts.dtype, facts.H, limit)
 
 
 def order(facts: Facts) -> tuple[str, ...]:
@@ -167,7 +167,7 @@ def run(op, cell, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, batch_f
     facts = facts_of(cell, *tensors, batch_first, reverse, lengths)
     name = choose(op, facts, backend)
     if name == "eager":
-        return reference_layer(int(cell), *tensors, lengths, batch_first, reverse)
+        return reference_layer(cell, *tensors, lengths, batch_first, reverse)
     if name == "vendor":
         return _vendor(cell, *tensors, batch_first)
     if lengths is not None and not input.is_cpu:
@@ -176,7 +176,7 @@ def run(op, cell, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, batch_f
 
 
 def _call(overload, cell, *args):
-    results = FORWARD[overload, needs_grad(args)](int(cell), *args)
+    results = FORWARD[overload, needs_grad(args)](cell, *args)
     return results[0], results[1], results[2] if cell == Cell.lstm else None
 
 
@@ -199,7 +199,7 @@ def facts_of(cell, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, batch_
     else:
         T, B = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
     return Facts(
-        int(cell), input.device.type, input.dtype, T, B, input.shape[-1], weight_hh.shape[1], reverse, lengths is not None,
+        cell, input.device.type, input.dtype, T, B, input.shape[-1], weight_hh.shape[1], reverse, lengths is not None,
         needs_grad((input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)), torch.compiler.is_compiling(),
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ import torch
 
 from pyops import _library
 from pyops.ops._rnn_reference import (
+    CELL_NAMES,
     GATES,
     SAVED,
     Cell,
@@ -67,7 +68,7 @@ def _setup_context(ctx, inputs, output):
     out, _, _, reserve = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, out, reserve)
-    ctx.flags = (int(cell), batch_first, reverse)
+    ctx.flags = (cell, batch_first, reverse)
 
 
 def _backward_through(op):
@@ -143,13 +144,13 @@ for _overload in ("default", "triton"):
 def _triton_forward(cell, *args):
     from pyops.triton_kernels import recurrent  # imports triton, so only at first use
 
-    return recurrent.scan_forward(Cell(cell).name, *args)
+    return recurrent.scan_forward(CELL_NAMES[cell], *args)
 
 
 def _triton_backward(cell, *args):
     from pyops.triton_kernels import recurrent
 
-    return recurrent.scan_backward(Cell(cell).name, *args)
+    return recurrent.scan_backward(CELL_NAMES[cell], *args)
 
 
 for _name, _function in _compose(_triton_forward, _triton_backward).items():

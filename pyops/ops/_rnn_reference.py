@@ -8,24 +8,19 @@ The composition of a whole layer out of a scan and dense GEMMs (`layer_forward`,
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntEnum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class Cell(IntEnum):
-    """csrc/rnn/rnn.h's Cell, which also gives the formulas."""
+class Cell:
+    """csrc/rnn/rnn.h's Cell, which also gives the formulas. Plain integers: older Dynamos trace no enum as an index."""
 
-    lstm = 0
-    gru = 1
-    gru_reset_before = 2
-    rnn_tanh = 3
-    rnn_relu = 4
-    rnn_sigmoid = 5
+    lstm, gru, gru_reset_before, rnn_tanh, rnn_relu, rnn_sigmoid = range(6)
 
 
+CELL_NAMES = ("lstm", "gru", "gru_reset_before", "rnn_tanh", "rnn_relu", "rnn_sigmoid")
 GATES = (4, 3, 3, 1, 1, 1)  # per hidden unit, indexed by Cell
 SAVED = (5, 4, 4, 0, 0, 0)  # values kept per hidden unit for backward
 ACTIVATIONS = {Cell.rnn_tanh: torch.tanh, Cell.rnn_relu: torch.relu, Cell.rnn_sigmoid: torch.sigmoid}
@@ -53,7 +48,7 @@ def step(cell: int, gates_x: Tensor, h: Tensor, c: Tensor | None, weight_hh: Ten
         rh = r * h
         n = torch.tanh(xn + F.linear(rh, weight_hh[2 * H :], None if bias_hh is None else bias_hh[2 * H :]))
         return n + z * (h - n), None, (r, z, n, rh)
-    return ACTIVATIONS[Cell(cell)](gates_x + F.linear(h, weight_hh, bias_hh)), None, ()
+    return ACTIVATIONS[cell](gates_x + F.linear(h, weight_hh, bias_hh)), None, ()
 
 
 def scan_forward(cell: int, gates_x, h0, c0, weight_hh, bias_hh, lengths, reverse: bool, save: bool):

@@ -75,7 +75,7 @@ def rnn_cell(
     return _rnn.run("rnn_cell", cell, input, hx, None, weight_ih, weight_hh, bias_ih, bias_hh, False, False, None, backend, True)[1]
 
 
-def cell_of(nonlinearity: str, op: str) -> Cell:
+def cell_of(nonlinearity: str, op: str) -> int:
     if nonlinearity not in CELLS:
         raise ValueError(f"{op}: nonlinearity: expected one of {', '.join(CELLS)}, got {nonlinearity!r}")
     return CELLS[nonlinearity]
