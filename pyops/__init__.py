@@ -5,6 +5,7 @@ Importing touches no CUDA runtime, no Triton and starts nothing.
 
 from pyops import nn
 from pyops._backends import backend, explain
+from pyops.fuse import fuse, unfuse
 from pyops.ops.gru import fused_gru, gru_cell
 from pyops.ops.lstm import fused_lstm, lstm_cell
 from pyops.ops.rnn import fused_rnn, rnn_cell
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "backend",
     "explain",
+    "fuse",
     "fused_gru",
     "fused_lstm",
     "fused_rnn",
@@ -21,4 +23,5 @@ __all__ = [
     "lstm_cell",
     "nn",
     "rnn_cell",
+    "unfuse",
 ]

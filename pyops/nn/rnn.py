@@ -164,6 +164,8 @@ class GRU(_Sequence, torch.nn.GRU):
     ``reset_after=False`` is the original GRU, whose reset gate acts on the state before the hidden product (see `pyops.fused_gru`).
     """
 
+    reset_after: bool = True
+
     def __init__(self, *args, reset_after: bool = True, backend: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.reset_after = reset_after
@@ -240,6 +242,8 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
 
 class GRUCell(_Cell, torch.nn.GRUCell):
     """torch.nn.GRUCell on `pyops.gru_cell`, plus ``backend`` and ``reset_after``."""
+
+    reset_after: bool = True
 
     def __init__(self, *args, reset_after: bool = True, backend: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
