@@ -117,6 +117,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 # Thread pools spin for a while after their last call (ONNX Runtime's longest) and would steal the cores of whoever comes next.
 SETTLE = 0.02
+SLOT = 0.01  # seconds of calls in one timing
 
 
 class Race:
@@ -128,8 +129,8 @@ class Race:
         self.random = random.Random(0)
 
     def _iterations(self, call) -> int:
-        """Enough calls in one timing for the clock and the scheduler not to matter: at least half a millisecond."""
-        return max(1, min(200, int(0.5e-3 / max(_best(call, self.timer, 3), 1e-7))))
+        """Enough calls in one timing for the clock, the scheduler and the first calls after a rest not to matter."""
+        return max(1, min(2000, int(SLOT / max(_best(call, self.timer, 20), 1e-7))))
 
     def __call__(self, ours, peers: dict) -> dict[str, list[float]]:
         calls = {"ours": ours, **peers}

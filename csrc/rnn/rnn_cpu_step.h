@@ -180,8 +180,8 @@ void forward_step(const LayerForward& p) {
   Layout block{static_cast<char*>(cpu::scratch(size.bytes))};
   pass.lay_out(block);
   pass.start();
-  // 64k weights take one core 2 us, as long as waking another.
-  const int threads = G * p.H * (p.I + p.H) * p.T < 65536 ? 1 : cpu::max_threads();
+  // 2^18 weights take one core 8 us; below, waking another costs more than it brings unless it happens to be near.
+  const int threads = G * p.H * (p.I + p.H) < 262144 ? 1 : cpu::max_threads();
   cpu::run_team(threads, [](const Team& team, void* at) { static_cast<Pass*>(at)->run(team); }, &pass);
 }
 
