@@ -115,9 +115,21 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     }
 
 
-# Thread pools spin for a while after their last call (ONNX Runtime's longest) and would steal the cores of whoever comes next.
-SETTLE = 0.02
 SLOT = 0.01  # seconds of calls in one timing
+
+
+def rest(step: float = 0.01, most: float = 0.5) -> None:
+    """Waits until this process's thread pools have gone to sleep.
+
+    They spin after their last call (ONNX Runtime's for 50 ms) and would take the cores of whoever comes next: batch-1 layers then
+    measure up to twice as slow.
+    """
+    end = time.perf_counter() + most
+    while time.perf_counter() < end:
+        busy = time.process_time()
+        time.sleep(step)
+        if time.process_time() - busy < 0.1 * step:
+            return
 
 
 class Race:
@@ -135,14 +147,14 @@ class Race:
     def __call__(self, ours, peers: dict) -> dict[str, list[float]]:
         calls = {"ours": ours, **peers}
         iterations = {name: self._iterations(call) for name, call in calls.items()}
-        one_round = sum(_best(call, self.timer, 2) * (iterations[name] + 1) + SETTLE for name, call in calls.items())
+        one_round = sum(_best(call, self.timer, 2) * (iterations[name] + 1) + 0.05 for name, call in calls.items())
         wanted = self.config.getoption("--bench-rounds")
         rounds = wanted or max(11, min(101, int(self.config.getoption("--bench-seconds") / max(one_round, 1e-6))))
         times: dict[str, list[float]] = {name: [] for name in peers}
 
         def settle(call):
             if self.device == "cpu":
-                time.sleep(SETTLE)
+                rest()
             call()  # weights and code are in cache and the pool is awake, for each alike
 
         def run_peers():

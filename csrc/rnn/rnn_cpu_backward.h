@@ -20,11 +20,12 @@ template <class S, int G>
 struct BackwardPass {
   using T = typename Gemm<S>::Real;
   static constexpr int kRowBlock = kRows<T, 64>;
+  static constexpr int64_t kFew = 8;                                   // tokens whose outer products are summed in registers
   static constexpr int64_t kTokens = 96;                               // of a grad_input block
   static constexpr int64_t kBlockM = 48, kDepth = 256, kBlockN = 512;  // of a grad_weight block
 
   const LayerBackward& p;
-  const bool reset_before;
+  const bool reset_before, packed;
   const int64_t H, D, ldd, ldh, panels, panels_i, ldc, ldt;
   T *weight_hh, *weight_ih, *dgates, *carry, *blocks, *product;
   double* bias;
@@ -37,6 +38,7 @@ struct BackwardPass {
   BackwardPass(const LayerBackward& params)
       : p(params),
         reset_before(p.cell == Cell::gru_reset_before),
+        packed(p.T > 1 || p.B > kRowBlock),  // else every weight is used once
         H(p.H),
         D(p.cell == Cell::gru ? 4 : G),
         ldd(round_up(D * H, 16) + 16),
@@ -53,8 +55,8 @@ struct BackwardPass {
     if (at.base) number_tokens();
     const int64_t most = at.base ? tokens : count_tokens();
     token_time = at.take<int64_t>(most), token_row = at.take<int64_t>(most);
-    weight_hh = at.take<T>(panels * G * H * 64);
-    weight_ih = at.take<T>(p.grad_input.data ? panels_i * G * H * 64 : 0);
+    weight_hh = at.take<T>(packed ? panels * G * H * 64 : 0);
+    weight_ih = at.take<T>(packed && p.grad_input.data ? panels_i * G * H * 64 : 0);
     dgates = at.take<T>(most * ldd);
     carry = at.take<T>(p.B * ldh);
     blocks = at.take<T>(threads * block_size());
@@ -100,19 +102,39 @@ struct BackwardPass {
 
   // ---------------------------------------------------------------------------------------------- before the steps
 
+  // Rows k0 .. k0 + count (at most 64) of 64 columns of W_hh (rows n, r, z for the GRU) or W_ih.
+  void pack_slice(bool recurrent, int64_t panel, int64_t k0, int64_t count, T* to) const {
+    const int64_t width = recurrent ? H : p.I;
+    const S* rows[64];
+    for (int64_t k = 0; k < count; ++k) {
+      int64_t from = k0 + k;
+      if (recurrent && p.cell == Cell::gru) from = from < H ? from + 2 * H : from - H;
+      rows[k] = static_cast<const S*>(recurrent ? p.weight_hh : p.weight_ih) + from * width;
+    }
+    pack_columns(rows, count, panel * 64, width, to);
+  }
+
   void pack_weights(const Team& team) {
     const int64_t K = G * H, slices = (K + 63) / 64, all = panels + (p.grad_input.data ? panels_i : 0);
     for (int64_t item = team.rank; item < all * slices; item += team.size) {
-      const int64_t panel = item / slices, k0 = item % slices * 64, count = K - k0 < 64 ? K - k0 : 64;
-      const bool recurrent = panel < panels;
-      const int64_t width = recurrent ? H : p.I, c0 = (recurrent ? panel : panel - panels) * 64;
-      const S* rows[64];
-      for (int64_t k = 0; k < count; ++k) {
-        int64_t from = k0 + k;
-        if (recurrent && p.cell == Cell::gru) from = from < H ? from + 2 * H : from - H;  // n, r, z
-        rows[k] = static_cast<const S*>(recurrent ? p.weight_hh : p.weight_ih) + from * width;
-      }
-      pack_columns(rows, count, c0, width, (recurrent ? weight_hh + panel * K * 64 : weight_ih + (panel - panels) * K * 64) + k0 * 64);
+      const int64_t k0 = item % slices * 64, at = item / slices;
+      const bool recurrent = at < panels;
+      const int64_t panel = recurrent ? at : at - panels;
+      pack_slice(recurrent, panel, k0, K - k0 < 64 ? K - k0 : 64, (recurrent ? weight_hh : weight_ih) + (panel * K + k0) * 64);
+    }
+  }
+
+  // out[r] (+)= a[r] . rows k0 .. k0 + K of a panel, 64 columns.
+  void multiply(int64_t rows, const T* const* a, bool recurrent, int64_t panel, int64_t k0, int64_t K, T* out, bool accumulate) const {
+    const int n = static_cast<int>(rows);
+    if (packed) return panel_rows<64, 64>(n, a, (recurrent ? weight_hh : weight_ih) + (panel * G * H + k0) * 64, K, out, 64, accumulate);
+    alignas(64) T slice[64 * 64];  // packed in L1 and used there
+    const T* part[kRowBlock];
+    for (int64_t k = 0; k < K; k += 64) {
+      const int64_t count = K - k < 64 ? K - k : 64;
+      pack_slice(recurrent, panel, k0 + k, count, slice);
+      for (int r = 0; r < n; ++r) part[r] = a[r] + k;
+      panel_rows<64, 64>(n, part, slice, count, out, 64, accumulate || k > 0);
     }
   }
 
@@ -158,7 +180,7 @@ struct BackwardPass {
         if (i < fed) {
           const T* a[kRowBlock];
           for (int64_t r = 0; r < rows; ++r) a[r] = dgates + (base[from] + me.row(i + r)) * ldd + k0;
-          panel_rows<64, 64>(static_cast<int>(rows), a, weight_hh + (panel * G * H + k0) * 64, K, tile, 64);
+          multiply(rows, a, true, panel, k0, K, tile, false);
         } else {
           __builtin_memset(tile, 0, sizeof tile);
         }
@@ -246,8 +268,7 @@ struct BackwardPass {
             n = block_rows(count - i, kRowBlock);
             const T* a[kRowBlock];
             for (int64_t r = 0; r < n; ++r) a[r] = dgates + (k0 + i + r) * ldd + input_side() + k;
-            panel_rows<64, 64>(static_cast<int>(n), a, weight_ih + (panel * G * H + k) * 64, G * H - k < kSlice ? G * H - k : kSlice,
-                               out + i * 64, 64, k > 0);
+            multiply(n, a, false, panel, k, G * H - k < kSlice ? G * H - k : kSlice, out + i * 64, k > 0);
           }
         const int64_t width = p.I - panel * 64 < 64 ? p.I - panel * 64 : 64;
         for (int64_t i = 0; i < count; ++i)
@@ -292,12 +313,33 @@ struct BackwardPass {
       }
   }
 
+  // The same for a few tokens: each gradient is written once, where it belongs. Floor: the bytes of the gradient.
+  void outer_products(S* grad, int64_t column, int64_t m0, int64_t m1, Source source, int64_t width, T* activations, const T** pointers) {
+    constexpr int N = Simd<T>::N;
+    for (int64_t n0 = 0; n0 < width; n0 += kBlockN) {
+      if (source == kResetHidden) pack_source<T>(source, 0, tokens, n0, width, pointers, activations);
+      else pack_source<S>(source, 0, tokens, n0, width, pointers, activations);
+      for (int64_t m = m0; m < m1; ++m)
+        for (int64_t n = n0; n < width && n < n0 + kBlockN; n += 64) {
+          alignas(64) T sums[64];
+          const T* x = activations + (n - n0) * kDepth;
+          for (int c = 0; c < 64; c += N) {
+            Vec<T> sum{};
+            for (int64_t k = 0; k < tokens; ++k) sum += splat<T>(dgates[k * ldd + column + m]) * load(x + k * 64 + c);
+            store(sums + c, sum);
+          }
+          store_row(grad + m * width + n, sums, width - n < 64 ? width - n : 64);
+        }
+    }
+  }
+
   // grad[first_row + m, n] = sum over tokens of dgates[token][column + m] * source[token][n], m < M.
   void weight_gradient(const Team& team, S* grad, int64_t column, int64_t M, int64_t first_row, Source source, int64_t width, T* gates,
                        T* activations, const T** pointers) {
     const int64_t units = (M + kBlockM - 1) / kBlockM;
     const int64_t m0 = units * team.rank / team.size * kBlockM, end = units * (team.rank + 1) / team.size * kBlockM, m1 = end < M ? end : M;
     if (m0 >= m1) return;
+    if (tokens > 0 && tokens <= kFew) return outer_products(grad + first_row * width, column, m0, m1, source, width, activations, pointers);
     T* const out = product + (source == kInput ? column - input_side() : G * H + column) * ldc;  // no two jobs share a row
     for (int64_t n0 = 0; n0 < width; n0 += kBlockN)
       for (int64_t k0 = 0; k0 < tokens; k0 += kDepth) {
@@ -335,7 +377,7 @@ struct BackwardPass {
   }
 
   void run(const Team& team, cpu::Barrier* barriers) {
-    pack_weights(team);
+    if (packed) pack_weights(team);
     for (int64_t j = team.rank; j < p.B; j += team.size) start_row(j);
     team.sync();
     walk(team, barriers);

@@ -180,8 +180,9 @@ void forward_step(const LayerForward& p) {
   Layout block{static_cast<char*>(cpu::scratch(size.bytes))};
   pass.lay_out(block);
   pass.start();
-  // 2^18 weights take one core 8 us; below, waking another costs more than it brings unless it happens to be near.
-  const int threads = G * p.H * (p.I + p.H) < 262144 ? 1 : cpu::max_threads();
+  // Two awake cores, one and two threads: RNN H = I = 256 (2^17 weights) 14.5 and 12.8 us, GRU H = 128 (2^16.6) 13.5 and 11.7,
+  // RNN H = 128 (2^15) 9.4 and 10.1. A sleeping pool costs more to wake, so the bound is on the high side.
+  const int threads = G * p.H * (p.I + p.H) < 131072 ? 1 : cpu::max_threads();
   cpu::run_team(threads, [](const Team& team, void* at) { static_cast<Pass*>(at)->run(team); }, &pass);
 }
 

@@ -51,6 +51,7 @@ class Facts(NamedTuple):
     B: int
     I: int
     H: int
+    single: bool  # a cell: one step, no time dimension
     reverse: bool
     has_lengths: bool
     needs_grad: bool
@@ -110,12 +111,17 @@ def order(facts: Facts) -> tuple[str, ...]:
 
 
 def _vendor_is_faster(facts: Facts) -> bool:
-    """CPU: bfloat16 training of large layers. Our backward multiplies in float32, oneDNN's and MKL's in bfloat16.
+    """CPU training of single RNN steps, and of large layers in bfloat16. Speed of a training step, ours over PyTorch's (2 cores of Zen 4):
 
-    Training step, ours over PyTorch's (2 cores of Zen 4, bench/): LSTM T=64 B=16 H=256 0.76, T=128 B=64 H=512 0.71; GRU 2.16 and 0.80;
-    RNN 2.5 and 0.98; cells at B=64 H=512 0.57 to 0.77.
+    RNN cell, float32, B=1 H=256: 0.8. Our kernels take 63 us of 220; most of the rest is the Python autograd of torch.library.
+    bfloat16: our backward multiplies in float32, oneDNN's and MKL's in bfloat16. LSTM T=64 B=16 H=256 0.76, T=128 B=64 H=512 0.71;
+    GRU 2.16 and 0.80; RNN 2.5 and 0.98; cells at B=64 H=512 0.57 to 0.77.
     """
-    if not facts.needs_grad or facts.dtype != torch.bfloat16 or facts.compiling:
+    if not facts.needs_grad or facts.compiling:
+        return False
+    if facts.single and GATES[facts.cell] == 1:
+        return True
+    if facts.dtype != torch.bfloat16:
         return False
     products = facts.T * facts.B * GATES[facts.cell] * facts.H * (facts.I + facts.H)
     return products > (10e6 if facts.T == 1 else 100e6 if facts.cell == Cell.lstm else 2e9)
@@ -152,7 +158,9 @@ def run(op, cell, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, batch_f
     tensors = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
     compiling = torch.compiler.is_compiling()
     plain = backend is None and not compiling and input.is_cpu and not _backends.overridden()
-    if plain and _cpu_settled and input.dim() == (2 if single else 3) and not (torch.is_grad_enabled() and input.dtype == torch.bfloat16):
+    # Where a gradient may be asked for, PyTorch's own op may be the faster one: see _vendor_is_faster.
+    ours = not torch.is_grad_enabled() or not (input.dtype == torch.bfloat16 or (single and GATES[cell] == 1))
+    if plain and ours and _cpu_settled and input.dim() == (2 if single else 3):
         # The kernel's own checks come first here, and cost nothing; only when they object is the long message put together.
         try:
             cast = _autocast(tensors) if torch.is_autocast_enabled("cpu") else tensors
@@ -199,7 +207,7 @@ def facts_of(cell, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, batch_
     else:
         T, B = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
     return Facts(
-        cell, input.device.type, input.dtype, T, B, input.shape[-1], weight_hh.shape[1], reverse, lengths is not None,
+        cell, input.device.type, input.dtype, T, B, input.shape[-1], weight_hh.shape[1], input.dim() == 2, reverse, lengths is not None,
         needs_grad((input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)), torch.compiler.is_compiling(),
     )  # fmt: skip
 
