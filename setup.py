@@ -226,7 +226,7 @@ print(f"pyops: PYOPS_BUILD={BUILD['requested']} -> {BUILD['mode']}: {BUILD['why'
 setup(
     packages=[*find_packages(include=["pyops", "pyops.*"]), *mapped("models"), *mapped("triton_kernels")],
     package_dir={"pyops": "pyops", "pyops.models": "models", "pyops.triton_kernels": "triton_kernels"},
-    package_data={"pyops": ["py.typed", "_build_info.json", "_C.pyi"]},
+    package_data={"pyops": ["py.typed", "_build_info.json", "_C.pyi", "kernel_budgets.json"]},
     ext_modules=[] if BUILD["mode"] == "none" else [Extension("pyops._C", sources=[])],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
 )

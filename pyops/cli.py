@@ -1,4 +1,4 @@
-"""The command line: `pyops env | ops | explain | demo | bench | report`. What a command needs is imported when it runs."""
+"""The command line: `pyops env | ops | explain | kernels | demo | bench | report`. What a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -207,6 +207,46 @@ def recurrent_arguments(spec: OpSpec, dtype: str, device: str, sizes: dict[str, 
         shapes = ((B, I) if x.dim() == 2 else (T, B, I)), (G * H, I), (G * H, H)
         x, weight_ih, weight_hh = (torch.empty(shape, dtype=getattr(torch, dtype), device=device) for shape in shapes)
     return (x, None, weight_ih, weight_hh), {}
+
+
+@app.command()
+def kernels(
+    pattern: Annotated[str, typer.Argument(help="Only kernels whose name contains this, or matches it where it has * or ?.")] = "*",
+    arch: Annotated[str | None, typer.Option(help="Only this architecture, for example sm_80.")] = None,
+    backend: Annotated[str | None, typer.Option(help="cuda or triton.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a list of rows.")] = False,
+) -> None:
+    """What every compiled kernel costs: registers, spills, stack, shared memory, occupancy. A table kept by the tests; needs no GPU."""
+    from pyops import kernels as found
+
+    rows = found.load()
+    if arch is not None:
+        one_of(arch, tuple(dict.fromkeys(name for a in found.ARCHITECTURES for name in (a, a.rstrip("a")))), "--arch")
+    if backend is not None:
+        one_of(backend, ("cuda", "triton"), "--backend")
+    rows = found.select(rows, pattern, arch, backend)
+    if not rows:
+        fail(f"no kernel matches {pattern!r}; `pyops kernels` lists them all", 1)
+    if as_json:
+        print(json.dumps([row.facts() for row in rows], indent=1))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    columns = ("threads", "registers", "spill", "stack", "shared", "blocks/SM", "occupancy")
+    console = out()
+    console.width = max(console.width, 110)  # a figure cut short would mislead; a narrow terminal folds the lines
+    for name, side in dict.fromkeys((row.arch, row.backend) for row in rows):
+        table = Table("kernel", box=SIMPLE_HEAD, title=f"{name}, {side}; spill, stack, shared in bytes", title_justify="left")
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in rows:
+            if (row.arch, row.backend) == (name, side):
+                spill = f"[yellow]{row.spill_bytes}[/]" if row.spill_bytes else "0"
+                costs = (row.threads, row.registers, spill, row.stack_bytes, row.shared_bytes, row.blocks_per_sm, f"{row.occupancy:.0%}")
+                table.add_row(escape(row.kernel), *map(str, costs))
+        console.print(table)
+    console.print("compiled by " + ", ".join(f"{tool} {version}" for tool, version in found.compilers().items()), markup=False)
 
 
 @app.command()

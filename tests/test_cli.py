@@ -33,7 +33,7 @@ def test_module_and_help():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    for command in ("env", "ops", "explain", "demo", "bench", "report"):
+    for command in ("env", "ops", "explain", "kernels", "demo", "bench", "report"):
         assert command in found.stdout
     assert "HEAVY []" in found.stdout
 
@@ -168,6 +168,54 @@ def test_explain_options():
         (("fused_lstm", "--backend", "gpu"), "expected one of auto, cpu"),
     ):
         assert message in invoke("explain", *arguments, code=2)
+
+
+# --------------------------------------------------------------------------------------------------------------------- kernels
+
+
+def test_kernels():
+    text = invoke("kernels", "grid_forward<lstm, bf16")
+    assert text.count("grid_forward<lstm, bf16>") == 2 and "sm_80, cuda" in text and "sm_90a, cuda" in text
+    assert "compiled by ptxas" in text and "f16, H=" not in text
+    (row,) = json.loads(invoke("kernels", "grid_forward<lstm, bf16>", "--arch", "sm_80", "--json"))
+    assert f" {row['registers']} " in text and f"{row['occupancy']:.0%}" in text
+    rows = json.loads(invoke("kernels", "*_forward<f32*", "--arch", "sm_90", "--backend", "triton", "--json"))
+    assert {row["arch"] for row in rows} == {"sm_90a"} and all("_forward<f32, H=" in row["kernel"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["nothing_like_it"], 1, "no kernel matches 'nothing_like_it'"),
+        (["--arch", "sm_75"], 2, "--arch: expected one of sm_80, sm_90a, sm_90, got 'sm_75'"),
+        (["--backend", "cpu"], 2, "--backend: expected one of cuda, triton, got 'cpu'"),
+    ],
+    ids=["pattern", "arch", "backend"],
+)
+def test_kernels_mistakes(arguments, code, message):
+    assert message in invoke("kernels", *arguments, code=code)
+
+
+@pytest.mark.parametrize(
+    "arch, threads, registers, shared, blocks",
+    [
+        ("sm_80", 256, 32, 0, 8),  # 2048 threads
+        ("sm_80", 32, 16, 0, 32),  # 32 blocks
+        ("sm_80", 256, 255, 0, 1),  # 64 K registers
+        ("sm_80", 256, 33, 0, 6),  # 40 registers a thread, as they are dealt out
+        ("sm_80", 128, 32, 100 * 1024, 1),
+        ("sm_80", 128, 32, 81 * 1024, 2),  # 164 KB, less 1 KB a block
+        ("sm_90a", 128, 32, 75 * 1024, 3),  # 228 KB
+        ("sm_80", 128, 32, 164 * 1024, 0),  # more than one block may ask for
+        ("sm_80", 1024, 65, 0, 0),  # more registers than there are
+    ],
+)
+def test_blocks_per_sm_follow_cudas_rules(arch, threads, registers, shared, blocks):
+    from pyops.kernels import ARCHITECTURES, Kernel
+
+    row = Kernel(arch, "cuda", "k", threads, registers, 0, 0, shared)
+    assert row.blocks_per_sm == blocks
+    assert row.occupancy == blocks * threads / ARCHITECTURES[arch].threads
 
 
 # ---------------------------------------------------------------------------------------------------------------- bench, report

@@ -6,6 +6,7 @@
 // Dynamic shared memory is its own heap block per CUDA block, filled with 0xFF (NaN in every float type), so that
 // AddressSanitizer sees overruns and arithmetic on unwritten memory shows. When no fiber can go on, the launch throws
 // with the barrier that was not reached by all. Weak memory ordering, bank conflicts and speed are not modelled.
+// CUDA's own names are in cuda_host_intrinsics.h, ptx.cuh's wrappers in cuda_host_ptx.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,6 +14,7 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <map>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -147,6 +149,12 @@ struct Fiber {
   int copy_group = 0;
 };
 
+struct Launched {  // what launches of one kernel have asked for so far
+  const char* name = "";
+  int launches = 0, threads = 0;
+  size_t shared_bytes = 0;
+};
+
 struct Machine {
   // Set by the test driver.
   uint64_t seed = 0;
@@ -166,11 +174,21 @@ struct Machine {
   size_t alive = 0;
   std::exception_ptr error;
   std::mt19937_64 random;
+
+  std::map<const void*, Launched> launched;  // by the kernel's address, so that a test can tell which kernels it has run
 };
 
 inline Machine& machine() {
   static Machine m;
   return m;
+}
+
+inline void note_launch(const char* name, const void* kernel, int threads, size_t shared_bytes) {
+  Launched& known = machine().launched[kernel];
+  known.name = name;
+  ++known.launches;
+  if (threads > known.threads) known.threads = threads;
+  if (shared_bytes > known.shared_bytes) known.shared_bytes = shared_bytes;
 }
 
 inline void leave_fiber(bool for_good) {
@@ -309,7 +327,7 @@ inline void run_blocks(const std::vector<unsigned>& ids, size_t shared_bytes) {
     for (unsigned t = 0; t < threads; ++t) {
       Fiber& fiber = fibers[k * threads + t];
       fiber.block = &block;
-      fiber.index = dim3(t);
+      fiber.index = dim3(t, 0, 0);
       fiber.linear = static_cast<int>(t);
       if (m.stacks.size() <= k * threads + t) {
         void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -363,47 +381,3 @@ inline void run(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, co
 }
 
 }  // namespace pyops::host
-
-// CUDA's own names.
-#define threadIdx (::pyops::host::machine().current->index)
-#define blockIdx (::pyops::host::machine().current->block->index)
-#define blockDim (::pyops::host::machine().block)
-#define gridDim (::pyops::host::machine().grid)
-
-inline void __syncthreads() {
-  pyops::host::meet(pyops::host::machine().current->block->barrier, "__syncthreads", [] {});
-}
-inline int __syncthreads_or(int predicate) {
-  pyops::host::Block& block = *pyops::host::machine().current->block;
-  block.vote |= predicate != 0;
-  pyops::host::meet(block.barrier, "__syncthreads_or", [&] {
-    block.vote_result = block.vote;
-    block.vote = 0;
-  });
-  return block.vote_result;
-}
-inline void __syncwarp() {
-  pyops::host::meet(pyops::host::current_warp().barrier, "__syncwarp", [] {});
-}
-template <class T>
-inline T __shfl_xor_sync(unsigned, T value, int mask) {
-  return pyops::host::warp_operation("__shfl_xor_sync", value, [&](T* lanes) {
-    T old[pyops::host::kWarp];
-    std::memcpy(old, lanes, sizeof(old));
-    for (int i = 0; i < pyops::host::kWarp; ++i) lanes[i] = old[i ^ mask];
-  });
-}
-template <class T>
-inline T __shfl_sync(unsigned, T value, int source) {
-  struct Lane {
-    T value;
-    int source;
-  };
-  return pyops::host::warp_operation("__shfl_sync", Lane{value, source},
-                                     [&](Lane* lanes) {
-                                       T old[pyops::host::kWarp];
-                                       for (int i = 0; i < pyops::host::kWarp; ++i) old[i] = lanes[i].value;
-                                       for (int i = 0; i < pyops::host::kWarp; ++i) lanes[i].value = old[lanes[i].source & 31];
-                                     })
-      .value;
-}

@@ -1,6 +1,6 @@
 // ptx.cuh's wrappers for the host: same names, same meaning, lane layouts as the PTX ISA gives them.
 #pragma once
-#include "cuda_host.h"
+#include "cuda_host_intrinsics.h"
 
 namespace pyops::ptx {
 
@@ -54,6 +54,37 @@ inline void mma_m16n8k16(T, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2
         const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
         float sum = lanes[lane].c[i];
         for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+        lanes[lane].c[i] = sum;
+      }
+  });
+  for (int i = 0; i < 4; ++i) c[i] = result.c[i];
+}
+
+inline uint32_t float_to_tf32(float value) {
+  const uint32_t bits = float_to_bits(value);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return bits;  // infinities and NaN stay
+  return (bits + 0x1000u) & ~0x1fffu;
+}
+
+inline void mma_m16n8k8_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  struct Lane {
+    float c[4];
+    uint32_t a[4], b[2];
+  };
+  const Lane mine{{c[0], c[1], c[2], c[3]}, {a0, a1, a2, a3}, {b0, b1}};
+  const Lane result = host::warp_operation("mma.m16n8k8", mine, [](Lane* lanes) {
+    auto value = [](uint32_t bits) { return bits_to_float(bits & ~0x1fffu); };  // tensor cores do not read the rest
+    float a[16][8], b[8][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 4; ++i) a[g + 8 * (i % 2)][t + 4 * (i / 2)] = value(lanes[lane].a[i]);
+      for (int i = 0; i < 2; ++i) b[t + 4 * i][g] = value(lanes[lane].b[i]);
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+        float sum = lanes[lane].c[i];
+        for (int k = 0; k < 8; ++k) sum += a[row][k] * b[k][column];
         lanes[lane].c[i] = sum;
       }
   });

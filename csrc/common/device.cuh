@@ -1,5 +1,5 @@
 // What kernel code may use of the machine: CUDA when nvcc compiles it, cuda_host.h's fibers when a host compiler does.
-// Kernels use CUDA's own names for thread indices, __syncthreads, __syncwarp and shuffles; everything else comes from here
+// Kernels use CUDA's own names for thread indices, barriers, shuffles, votes and atomics; everything else comes from here
 // (types, dynamic shared memory), convert.cuh, ptx.cuh (tensor cores, asynchronous copies, flags) and launch.cuh.
 #pragma once
 #include <cstdint>
@@ -14,7 +14,7 @@
 #define PYOPS_NO_UNROLL _Pragma("unroll 1")
 #else
 #include <cmath>
-#include "cuda_host.h"
+#include "cuda_host_intrinsics.h"
 #define PYOPS_KERNEL(max_threads) void
 #define PYOPS_DEVICE inline
 #define PYOPS_HOST_DEVICE

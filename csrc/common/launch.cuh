@@ -73,7 +73,8 @@ inline void copy_rows_async(void* to, size_t to_pitch, const void* from, size_t 
 inline DeviceLimits device_limits() { return {host::machine().sm_count, host::machine().shared_limit}; }
 
 template <class Params>
-void launch(const char*, void (*kernel)(Params), const LaunchShape& shape, cudaStream_t, const Params& params) {
+void launch(const char* name, void (*kernel)(Params), const LaunchShape& shape, cudaStream_t, const Params& params) {
+  host::note_launch(name, reinterpret_cast<const void*>(kernel), shape.threads, shape.shared_bytes);
   host::run(shape.grid, dim3(shape.threads), shape.shared_bytes, shape.cooperative, [&] { kernel(params); });
 }
 

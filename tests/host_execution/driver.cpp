@@ -1,4 +1,4 @@
-// C interface to the kernels compiled for the host: what tests/test_host_execution.py calls through ctypes.
+// C interface to the kernels, compiled for the host or for a GPU: what the tests call through ctypes.
 #include <cstdio>
 
 #include "../../csrc/common/cuda_registry.h"
@@ -25,12 +25,18 @@ std::optional<Path> path_or_auto(int path) { return path < 0 ? std::nullopt : st
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
+// The schedule and the size of the machine to run on; a GPU has its own.
 void host_machine(uint64_t seed, int sm_count, int shared_limit) {
+#if defined(__CUDACC__)
+  (void)seed, (void)sm_count, (void)shared_limit;
+#else
   host::machine().seed = seed;
   host::machine().sm_count = sm_count;
   host::machine().shared_limit = shared_limit;
+#endif
 }
 
 int host_scan_workspace(int cell, int dtype, int64_t T, int64_t B, int64_t H, int backward, int path, int64_t* bytes, char* error,
@@ -54,13 +60,50 @@ int host_choose_path(int cell, int dtype, int64_t B, int64_t H, int backward, in
       choose_path(static_cast<Cell>(cell), static_cast<DType>(dtype), B, H, backward != 0, sm_count, shared_bytes).path);
 }
 
-// The registered kernels' names, one per line.
-int host_kernel_names(char* text, int bytes) {
+// Starts the count of launches anew.
+void host_forget_launches() {
+#if !defined(__CUDACC__)
+  host::machine().launched.clear();
+#endif
+}
+
+// The names, one per line, of kernels that were launched on the host and are not in the registry. Returns the text's length.
+int host_unregistered_launches(char* text, int bytes) {
+  int used = 0;
+  text[0] = 0;
+#if !defined(__CUDACC__)
+  int count = 0;
+  const KernelInfo* kernels = kernel_table(&count);
+  for (const auto& [function, seen] : host::machine().launched) {
+    bool known = false;
+    for (int i = 0; i < count; ++i) known |= kernels[i].function == function;
+    if (!known && used < bytes) used += std::snprintf(text + used, static_cast<size_t>(bytes - used), "%s\n", seen.name);
+  }
+#endif
+  return used;
+}
+
+// One line a registered kernel: its name, its portable substitute, how often it was launched (counted on the host alone), and
+// the most threads and dynamic shared memory it was launched with. Returns the text's length, -1 where it does not fit.
+int host_kernel_table(char* text, int bytes) {
   int count = 0, used = 0;
   const KernelInfo* kernels = kernel_table(&count);
-  for (int i = 0; i < count && used < bytes; ++i)
-    used += std::snprintf(text + used, static_cast<size_t>(bytes - used), "%s\n", kernels[i].name);
-  return count;
+  for (int i = 0; i < count; ++i) {
+    int launches = 0, threads = 0;
+    size_t shared = 0;
+#if !defined(__CUDACC__)
+    const auto& launched = host::machine().launched;
+    const auto found = launched.find(kernels[i].function);
+    const host::Launched seen = found == launched.end() ? host::Launched{} : found->second;
+    launches = seen.launches, threads = seen.threads, shared = seen.shared_bytes;
+#endif
+    const char* portable = kernels[i].portable ? kernels[i].portable : "";
+    used += std::snprintf(text + used, static_cast<size_t>(bytes - used), "%s\t%s\t%d\t%d\t%zu\n", kernels[i].name, portable, launches,
+                          threads, shared);
+    if (used >= bytes) return -1;
+  }
+  return used;
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

@@ -1,68 +1,67 @@
-"""Compiles csrc/rnn for the host, and calls it: one recurrent layer as a Problem, with its reference loop."""
+"""Compiles csrc/**/*.cu for the host, or for the GPU at hand, into a library that tests call through ctypes."""
 
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 DRIVER = Path(__file__).resolve().parent
 ROOT = DRIVER.parent.parent
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
-CELLS = {"lstm": 0, "gru": 1, "gru_reset_before": 2, "rnn_tanh": 3, "rnn_relu": 4, "rnn_sigmoid": 5}
-DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
-PATHS = {"one_cta": 0, "grid": 1, "step": 2}
-PLAIN_FLAGS = ["-O1"]
+# A library's statics are its own (hidden): two builds of the same kernels are loaded side by side.
+HOST = ["-x", "c++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+PLAIN_FLAGS = [*HOST, "-O1"]
 SANITIZE = ["-fsanitize=address,undefined"]
-SANITIZED_FLAGS = ["-O0", "-g", "-fno-sanitize-recover=all", *SANITIZE]  # -O1 takes six times as long to compile
+SANITIZED_FLAGS = [*HOST, "-O0", "-g", "-fno-sanitize-recover=all", *SANITIZE]  # -O1 takes six times as long to compile
+
+GPU_FLAGS = ["-x", "cu", "-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
-def gates(cell):
-    return {"lstm": 4, "gru": 3, "gru_reset_before": 3}.get(cell, 1)
+def nvcc():
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which(str(Path(home) / "bin/nvcc")) if home else shutil.which("nvcc")
 
 
-def saved(cell):
-    return {"lstm": 5, "gru": 4, "gru_reset_before": 4}.get(cell, 0)
-
-
-# ------------------------------------------------------------------------------------------------------------- building
-
-
-def kernel_sources():
-    return sorted((ROOT / "csrc/rnn").glob("*.cu"))
+def kernel_sources(root=ROOT):
+    return sorted((root / "csrc").glob("**/*.cu"))
 
 
 class Builder:
     """Compiles to objects named by the hash of everything that goes into them, so that a second run compiles nothing."""
 
-    def __init__(self, cache):
-        self.cache = cache
-        headers = sorted((ROOT / "csrc").glob("**/*.cuh")) + sorted((ROOT / "csrc").glob("**/*.h"))
-        version = subprocess.run([CXX, "--version"], capture_output=True, text=True).stdout
-        self.base = hashlib.sha256(version.encode() + b"".join(h.read_bytes() for h in headers)).hexdigest()
+    def __init__(self, cache, compiler=CXX):
+        self.cache, self.compiler = cache, compiler
+        self.version = subprocess.run([compiler, "--version"], capture_output=True).stdout
+        self.headers = {}
+
+    def header_hash(self, source):
+        """Of every header in the tree that the source belongs to: the checkout, or a copy of it with a planted fault."""
+        root = next((parent for parent in source.parents if (parent / "csrc").is_dir()), ROOT)
+        if root not in self.headers:
+            found = sorted([*(root / "csrc").glob("**/*.cuh"), *(root / "csrc").glob("**/*.h")])
+            self.headers[root] = hashlib.sha256(b"".join(header.read_bytes() for header in found)).digest()
+        return self.headers[root]
 
     def object(self, source, flags):
-        text = source.read_text()
-        key = hashlib.sha256("\0".join([self.base, str(source), text, *flags]).encode()).hexdigest()[:24]
+        told = "\0".join([str(source), *flags]).encode()
+        key = hashlib.sha256(self.version + self.header_hash(source) + told + source.read_bytes()).hexdigest()[:24]
         target = self.cache / f"{source.stem}-{key}.o"
         if not target.exists():
-            partial = target.with_suffix(f".{os.getpid()}.part")
-            command = [CXX, "-x", "c++", "-std=c++17", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
-            command += [*flags, "-c", str(source), "-o", str(partial)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, f"{source.name} does not compile for the host:\n{done.stderr[:4000]}"
+            partial = target.with_suffix(f".{os.getpid()}.part.o")
+            done = subprocess.run([self.compiler, *flags, "-c", str(source), "-o", str(partial)], capture_output=True, text=True)
+            assert done.returncode == 0, f"{source.name} does not compile with {self.compiler}:\n{done.stderr[:4000]}"
             partial.rename(target)
         return target
 
     def link(self, target, sources, flags, link_flags):
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda source: self.object(source, flags), sources))
-        done = subprocess.run([CXX, *link_flags, "-o", str(target), *map(str, objects)], capture_output=True, text=True)
+        done = subprocess.run([self.compiler, *link_flags, "-o", str(target), *map(str, objects)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[:4000]
         return target
 
@@ -77,190 +76,29 @@ def load(path):
 
 
 def checked(function, *arguments):
+    """Calls a function whose last arguments are a buffer for an error's text; that error is raised."""
     error = ctypes.create_string_buffer(2000)
     if function(*arguments, error, len(error)):
         raise RuntimeError(error.value.decode())
 
 
-# ------------------------------------------------------------------------------------------- csrc/rnn/rnn.h, for ctypes
-
-P, I32, I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-
-
-class Rows(ctypes.Structure):
-    _fields_ = [("data", P), ("t", I64), ("b", I64)]
-
-
-HEAD = [("cell", I32), ("dtype", I32), ("T", I32), ("B", I32), ("H", I32), ("reverse", ctypes.c_bool), ("lengths", P)]
+def plain_name(kernel):
+    """one_cta_forward<Kind::lstm, bf16, 8> -> one_cta_forward<lstm, bf16, 8>; C's types by torch's short names."""
+    kernel = re.sub(r"\w+::", "", kernel)
+    types = {"float": "f32", "unsigned short": "u16", "uint16_t": "u16", "unsigned int": "u32", "uint32_t": "u32", "unsigned char": "u8"}
+    types |= {"uint8_t": "u8", "int64_t": "i64", "long": "i64", "int": "i32"}
+    return re.sub(r"(?<=[<, ])(" + "|".join(sorted(types, key=len, reverse=True)) + r")(?=[,>])", lambda found: types[found[1]], kernel)
 
 
-class ScanForward(ctypes.Structure):
-    _fields_ = [*HEAD, ("gates_x", Rows), ("h0", P), ("c0", P), ("weight_hh", P), ("bias_hh", P), ("output", Rows)]
-    _fields_ += [("h_n", P), ("c_n", P), ("reserve", P), ("workspace", P)]
-
-
-class ScanBackward(ctypes.Structure):
-    _fields_ = [*HEAD, ("grad_output", Rows), ("grad_h_n", P), ("grad_c_n", P), ("output", Rows), ("h0", P), ("c0", P)]
-    _fields_ += [("weight_hh", P), ("reserve", P), ("grad_gates_x", Rows), ("grad_gates_h", P), ("grad_h0", P), ("grad_c0", P)]
-    _fields_ += [("workspace", P)]
-
-
-def pointer(tensor):
-    return None if tensor is None else tensor.data_ptr()
-
-
-def rows(tensor):  # [T, B, width], possibly a transposed [B, T, width]
-    return Rows(None, 0, 0) if tensor is None else Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
-
-
-class Problem:
-    """One layer: its inputs, gradients of its outputs, and the kernels' answer."""
-
-    def __init__(self, cell, dtype, T, B, H, *, reverse=False, lengths=None, optional=True, batch_first=False, seed=0):
-        self.cell, self.dtype, self.T, self.B, self.H = cell, dtype, T, B, H
-        self.reverse, self.batch_first = reverse, batch_first
-        self.lengths = None if lengths is None else torch.tensor(lengths)
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape, scale=1.0):
-            return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
-
-        G, lstm = gates(cell), cell == "lstm"
-        relu = cell == "rnn_relu"  # keep away from the kink, where one rounding flips a gradient in ours or in eager
-        away = torch.where(torch.arange(H) % 3 > 0, 4.0, -4.0).to(dtype) if relu else 0
-        self.gates_x = self.laid_out(normal(T, B, G * H, scale=0.3 if relu else 1.0) + away)
-        self.weight_hh = normal(G * H, H, scale=H**-0.5 * (0.2 if relu else 1.0))
-        self.h0 = normal(B, H) if optional else None
-        self.c0 = normal(B, H) if optional and lstm else None
-        self.bias_hh = normal(G * H, scale=0.3) if optional else None
-        self.grad_output = self.laid_out(normal(T, B, H)) if optional else None
-        self.grad_h_n = normal(B, H)
-        self.grad_c_n = normal(B, H) if optional and lstm else None
-
-    def laid_out(self, tensor):
-        return tensor.transpose(0, 1).contiguous().transpose(0, 1) if self.batch_first else tensor
-
-    def poisoned(self, *shape, dtype=None):
-        return torch.full(shape, float("nan"), dtype=dtype or self.dtype)
-
-    def head(self):
-        return CELLS[self.cell], DTYPES[self.dtype], self.T, self.B, self.H, self.reverse, pointer(self.lengths)
-
-    def workspace(self, library, backward, path):
-        size = ctypes.c_int64()
-        head = self.head()
-        checked(library.host_scan_workspace, *head[:5], int(backward), path, ctypes.byref(size))
-        return torch.full((size.value + 256,), 255, dtype=torch.uint8)
-
-    def forward(self, library, path=-1, reserve=True):
-        T, B, H, lstm = self.T, self.B, self.H, self.cell == "lstm"
-        output = self.laid_out(self.poisoned(T, B, H))
-        result = {"output": output, "h_n": self.poisoned(B, H)}
-        if lstm:
-            result["c_n"] = self.poisoned(B, H)
-        if reserve and saved(self.cell):
-            result["reserve"] = self.poisoned(T, B, saved(self.cell), H, dtype=torch.float32)
-        space = self.workspace(library, False, path)
-        params = ScanForward(
-            *self.head(), rows(self.gates_x), pointer(self.h0), pointer(self.c0), pointer(self.weight_hh), pointer(self.bias_hh),
-            rows(output), pointer(result["h_n"]), pointer(result.get("c_n")), pointer(result.get("reserve")), aligned(space),
-        )  # fmt: skip
-        checked(library.host_scan_forward, ctypes.byref(params), path)
-        return result
-
-    def backward(self, library, forward, path=-1):
-        T, B, H = self.T, self.B, self.H
-        result = {"grad_gates_x": self.laid_out(self.poisoned(T, B, gates(self.cell) * H)), "grad_h0": self.poisoned(B, H)}
-        if self.cell == "lstm":
-            result["grad_c0"] = self.poisoned(B, H)
-        if self.cell == "gru":
-            result["grad_gates_h"] = self.poisoned(T, B, H)
-        space = self.workspace(library, True, path)
-        params = ScanBackward(
-            *self.head(), rows(self.grad_output), pointer(self.grad_h_n), pointer(self.grad_c_n), rows(forward["output"]),
-            pointer(self.h0), pointer(self.c0), pointer(self.weight_hh), pointer(forward.get("reserve")),
-            rows(result["grad_gates_x"]), pointer(result.get("grad_gates_h")), pointer(result["grad_h0"]),
-            pointer(result.get("grad_c0")), aligned(space),
-        )  # fmt: skip
-        checked(library.host_scan_backward, ctypes.byref(params), path)
-        return result
-
-    def reference(self, dtype):
-        """The eager loop in `dtype`: the same results by name, gradients by autograd."""
-
-        def cast(tensor, *shape):
-            return (torch.zeros(shape, dtype=dtype) if tensor is None else tensor.to(dtype)).detach().clone().requires_grad_()
-
-        T, B, H, G, cell = self.T, self.B, self.H, gates(self.cell), self.cell
-        gates_x, h0, c0 = cast(self.gates_x), cast(self.h0, B, H), cast(self.c0, B, H)
-        extra = torch.zeros(T, B, H, dtype=dtype, requires_grad=True)  # its gradient is that of h W_hn^T + b_hn
-        weight, bias = cast(self.weight_hh), cast(self.bias_hh, G * H)
-        length = torch.full((B,), T) if self.lengths is None else self.lengths.clamp(0, T)
-        output, reserve = torch.zeros(T, B, H, dtype=dtype), torch.zeros(T, B, saved(cell), H, dtype=dtype)
-        h, c, row = h0, c0, torch.arange(B)
-        for s in range(T):
-            active = s < length
-            t = torch.where(active, length - 1 - s if self.reverse else torch.tensor(s), s)
-            x = gates_x[t, row]
-            h_before, c_before, keep = h, c, ()
-            if cell == "lstm":
-                i, f, g, o = (x + h @ weight.T + bias).chunk(4, 1)
-                i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-                c = f * c + i * g
-                h = o * c.tanh()
-                keep = (i, f, g, o, c)
-            elif cell == "gru":
-                (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, 1), (h @ weight.T + bias).chunk(3, 1)
-                h_n = h_n + extra[t, row]
-                r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
-                n = (x_n + r * h_n).tanh()
-                h = n + z * (h - n)
-                keep = (r, z, n, h_n)
-            elif cell == "gru_reset_before":
-                x_r, x_z, x_n = x.chunk(3, 1)
-                a_r, a_z = (h @ weight[: 2 * H].T + bias[: 2 * H]).chunk(2, 1)
-                r, z = (x_r + a_r).sigmoid(), (x_z + a_z).sigmoid()
-                rh = r * h
-                n = (x_n + rh @ weight[2 * H :].T + bias[2 * H :]).tanh()
-                h = n + z * (h - n)
-                keep = (r, z, n, rh)
-            else:
-                h = getattr(torch, cell[4:])(x + h @ weight.T + bias)
-            output = output.index_put((t[active], row[active]), h[active])
-            if keep:
-                reserve[t[active], row[active]] = torch.stack(keep, 1)[active].detach()
-            h, c = torch.where(active[:, None], h, h_before), torch.where(active[:, None], c, c_before)
-        pairs = [(output, self.grad_output), (h, self.grad_h_n), (c, self.grad_c_n)]
-        loss = sum((value * grad.to(dtype)).sum() for value, grad in pairs if grad is not None)
-        inputs = {"grad_gates_x": gates_x, "grad_h0": h0, "grad_c0": c0, "grad_gates_h": extra}
-        grads = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
-        results = {"output": output, "h_n": h, "c_n": c, "reserve": reserve}
-        return {k: v.detach() for k, v in results.items()} | dict(zip(inputs, grads, strict=True))
-
-
-def aligned(space):
-    return (space.data_ptr() + 255) // 256 * 256
-
-
-def error(value, truth):
-    return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-30))
-
-
-def assert_as_good_as_eager(ours, problem):
-    truth, eager = problem.reference(torch.float64), problem.reference(problem.dtype)
-    for name, value in ours.items():
-        assert torch.isfinite(value).all(), f"{name} is not finite"
-        factor = 3.0 if name.startswith("grad") else 1.25 if problem.dtype == torch.float32 else 2.0
-        # The ratio of two errors means something over many values only; a few may be off by two units in the last place.
-        floor = torch.finfo(problem.dtype).eps * (0.25 if value.numel() >= 500 else 2)
-        allowed = factor * max(error(eager[name], truth[name]), floor)
-        mine = error(value, truth[name])
-        assert mine <= allowed, f"{name}: relative L2 error {mine:.2e}, allowed {allowed:.2e}"
-        beyond = beyond_lengths(problem, value)
-        assert beyond is None or not beyond.any(), f"{name}: padding is not zero"
-
-
-def beyond_lengths(problem, value):
-    if problem.lengths is None or value.dim() < 3:
-        return None
-    return value[torch.arange(problem.T)[:, None] >= problem.lengths]
+def kernel_table(library):
+    """What the library's registry knows: {kernel: {portable, launches, threads, shared_bytes}}; the last three as launched so far."""
+    text = ctypes.create_string_buffer(1 << 17)
+    assert library.host_kernel_table(text, len(text)) >= 0, "the table does not fit the buffer"
+    rows = [line.split("\t") for line in text.value.decode().splitlines()]
+    rows = [[plain_name(row[0]), plain_name(row[1]), *row[2:]] for row in rows]
+    names = [row[0] for row in rows]
+    assert len(names) == len(set(names)), "a kernel is registered twice"
+    return {
+        name: {"portable": portable or None, "launches": int(launches), "threads": int(threads), "shared_bytes": int(shared)}
+        for name, portable, launches, threads, shared in rows
+    }

@@ -39,6 +39,21 @@ matmul_16x8x16(MatmulParams p) {
   for (int i = 0; i < 4; ++i) p.c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = c[i];
 }
 
+struct MatmulTf32Params {
+  const float *a, *b;  // [16, 8] and [8 (k), 8], both row-major
+  float* c;            // [16, 8]
+};
+
+PYOPS_KERNEL(32) matmul_16x8x8_tf32(MatmulTf32Params p) {
+  const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  uint32_t a[4], b[2];
+  for (int i = 0; i < 4; ++i) a[i] = ptx::float_to_tf32(p.a[(g + i % 2 * 8) * 8 + t + i / 2 * 4]);
+  for (int i = 0; i < 2; ++i) b[i] = ptx::float_to_tf32(p.b[(t + 4 * i) * 8 + g]);
+  float c[4] = {};
+  ptx::mma_m16n8k8_tf32(c, a[0], a[1], a[2], a[3], b[0], b[1]);
+  for (int i = 0; i < 4; ++i) p.c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = c[i];
+}
+
 struct ReverseParams {
   const float* input;  // [4 * threads]
   float* output;
@@ -60,17 +75,42 @@ PYOPS_KERNEL(64) reverse_by_async_copy(ReverseParams p) {
   }
 }
 
-struct SumParams {
-  const float* input;  // [32]
-  float* output;       // [2]: the sum by xor shuffles, and lane 5's value by a plain shuffle
+struct WarpParams {
+  const int* input;  // [32]
+  int* output;       // [10][32]: a row per operation
 };
 
-PYOPS_KERNEL(32) warp_sum(SumParams p) {
-  const float mine = p.input[threadIdx.x];
-  float sum = mine;
-  for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
-  const float fifth = __shfl_sync(~0u, mine, 5);
-  if (threadIdx.x == 7) p.output[0] = sum, p.output[1] = fifth;
+// Every warp-wide operation and atomic once; `output` must start as zeros.
+PYOPS_KERNEL(32) warp_operations(WarpParams p) {
+  const int lane = threadIdx.x, mine = p.input[lane];
+  const unsigned all = ~0u;
+  p.output[lane] = __shfl_sync(all, mine, (lane + 5) % 32);
+  p.output[32 + lane] = __shfl_xor_sync(all, mine, 3);
+  p.output[64 + lane] = __shfl_up_sync(all, mine, 2);
+  p.output[96 + lane] = __shfl_down_sync(all, mine, 7);
+  p.output[128 + lane] = static_cast<int>(__ballot_sync(all, mine % 3 == 0));
+  p.output[160 + lane] = 2 * __any_sync(all, mine == 4) + __all_sync(all, mine < 1000);
+  p.output[192 + lane] = 2 * __any_sync(all, mine == -1) + __all_sync(all, mine != 4);
+  atomicAdd(p.output + 224, mine);
+  atomicMax(p.output + 256, mine);
+  if (atomicCAS(p.output + 288, 0, mine + 1) == 0) p.output[289] = mine + 1;  // one lane alone gets in
+}
+
+struct IndexParams {
+  int* output;  // [24][32]: of a grid of 2 x 3 x 4 blocks of 32 threads
+};
+
+PYOPS_KERNEL(32) write_indices(IndexParams p) {
+  const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  p.output[block * blockDim.x + threadIdx.x] = threadIdx.x + 1000 * (threadIdx.y + threadIdx.z) + 10000 * block;
+}
+
+struct UnwrittenParams {
+  float* output;  // [32]
+};
+
+PYOPS_KERNEL(32) read_unwritten(UnwrittenParams p) {
+  p.output[threadIdx.x] = reinterpret_cast<const float*>(dynamic_shared())[threadIdx.x];
 }
 
 struct DivergedParams {
@@ -91,12 +131,14 @@ PYOPS_KERNEL(64) diverged(DivergedParams p) {
     __syncthreads();
     ptx::wait_at_least(flag, 1);  // a flag nobody raises
   }
+  if (p.kind == 4) (void)__shfl_sync(0xffffu, 1.f, 0);  // half a warp
 }
 
 template <class Params>
-int run(const char* name, void (*kernel)(Params), int threads, size_t shared_bytes, const Params& params, char* error, int error_bytes) {
+int run(const char* name, void (*kernel)(Params), int threads, size_t shared_bytes, const Params& params, char* error, int error_bytes,
+        dim3 grid = dim3(1)) {
   try {
-    launch(name, kernel, LaunchShape{dim3(1), threads, shared_bytes}, nullptr, params);
+    launch(name, kernel, LaunchShape{grid, threads, shared_bytes}, nullptr, params);
     return 0;
   } catch (const std::exception& e) {
     const std::string text = e.what();
@@ -108,25 +150,40 @@ int run(const char* name, void (*kernel)(Params), int threads, size_t shared_byt
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 int primitive_matmul(const uint16_t* a, const uint16_t* b, float* c, int is_bf16, int by_ldmatrix, char* error, int bytes) {
   const MatmulParams params{a, b, c, by_ldmatrix};
-  return is_bf16 ? run("matmul", matmul_16x8x16<bf16>, 32, 768, params, error, bytes)
-                 : run("matmul", matmul_16x8x16<f16>, 32, 768, params, error, bytes);
+  return is_bf16 ? run("primitive_matmul", matmul_16x8x16<bf16>, 32, 768, params, error, bytes)
+                 : run("primitive_matmul", matmul_16x8x16<f16>, 32, 768, params, error, bytes);
 }
 int primitive_reverse(const float* input, float* output, int wait, char* error, int bytes) {
-  return run("reverse", reverse_by_async_copy, 64, 64 * 16, ReverseParams{input, output, wait}, error, bytes);
+  return run("primitive_reverse", reverse_by_async_copy, 64, 64 * 16, ReverseParams{input, output, wait}, error, bytes);
 }
-int primitive_warp_sum(const float* input, float* output, char* error, int bytes) {
-  return run("warp_sum", warp_sum, 32, 0, SumParams{input, output}, error, bytes);
+int primitive_matmul_tf32(const float* a, const float* b, float* c, char* error, int bytes) {
+  return run("primitive_matmul_tf32", matmul_16x8x8_tf32, 32, 0, MatmulTf32Params{a, b, c}, error, bytes);
 }
-int primitive_diverged(int kind, char* error, int bytes) { return run("diverged", diverged, 64, 16, DivergedParams{kind}, error, bytes); }
+int primitive_warp(const int* input, int* output, char* error, int bytes) {
+  return run("primitive_warp", warp_operations, 32, 0, WarpParams{input, output}, error, bytes);
+}
+int primitive_indices(int* output, char* error, int bytes) {
+  return run("primitive_indices", write_indices, 32, 0, IndexParams{output}, error, bytes, dim3(2, 3, 4));
+}
+int primitive_unwritten(float* output, char* error, int bytes) {
+  return run("primitive_unwritten", read_unwritten, 32, 128, UnwrittenParams{output}, error, bytes);
+}
+int primitive_diverged(int kind, char* error, int bytes) {
+  return run("primitive_diverged", diverged, 64, 16, DivergedParams{kind}, error, bytes);
+}
+#if !defined(__CUDACC__)
 void primitive_round(const float* input, uint16_t* to_bf16, uint16_t* to_f16, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to_bf16[i] = ptx::float_to_bf16(input[i]), to_f16[i] = ptx::float_to_f16(input[i]);
 }
 void primitive_widen(const uint16_t* input, float* from_bf16, float* from_f16, int64_t count) {
   for (int64_t i = 0; i < count; ++i) from_bf16[i] = to_float(bf16{input[i]}), from_f16[i] = to_float(f16{input[i]});
 }
+#endif
 
 }  // extern "C"
+#pragma GCC visibility pop
