@@ -47,7 +47,7 @@ def build_peers(spec, args, kwargs, wanted: str):
             call = factory(args, kwargs)
             call()
             peers[name] = call
-        except (ImportError, ValueError) as reason:
+        except (ImportError, TypeError, ValueError) as reason:
             skipped[name] = str(reason)
     return peers, skipped
 

@@ -6,6 +6,7 @@ Importing touches no CUDA runtime, no Triton and starts nothing.
 from pyops import nn
 from pyops._backends import backend, explain
 from pyops.fuse import fuse, unfuse
+from pyops.ops.depthwise_conv import depthwise_conv_bn_act
 from pyops.ops.gru import fused_gru, gru_cell
 from pyops.ops.lstm import fused_lstm, lstm_cell
 from pyops.ops.rnn import fused_rnn, rnn_cell
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "backend",
+    "depthwise_conv_bn_act",
     "explain",
     "fuse",
     "fused_gru",

@@ -61,12 +61,12 @@ def arguments(spec, backend, dtype, sample, seed=0):
 
 
 def double(value):
-    """Every floating tensor of a nested argument as float64 on the CPU."""
+    """Every floating tensor of nested arguments as float64 on the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().double() if value.is_floating_point() else value.cpu()
     if isinstance(value, (tuple, list)):
         return tuple(double(item) for item in value)
-    return value
+    return {key: double(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def leaves(value) -> list[torch.Tensor]:
@@ -75,6 +75,8 @@ def leaves(value) -> list[torch.Tensor]:
         return [value] if value.is_floating_point() else []
     if isinstance(value, (tuple, list)):
         return [leaf for item in value for leaf in leaves(item)]
+    if isinstance(value, dict):  # batch norm's buffers have no gradient
+        return [leaf for key, item in value.items() if not key.startswith("running_") for leaf in leaves(item)]
     return []
 
 
@@ -84,6 +86,8 @@ def with_grad(value):
         return value.detach().requires_grad_() if value.is_floating_point() else value
     if isinstance(value, (tuple, list)):
         return tuple(with_grad(item) for item in value)
+    if isinstance(value, dict):
+        return {key: item if key.startswith("running_") else with_grad(item) for key, item in value.items()}
     return value
 
 

@@ -12,11 +12,11 @@ from .conftest import arguments, assert_gate, cases, double, leaves
 def test_forward(spec, backend, dtype, sample):
     def draw(seed):
         args, kwargs = arguments(spec, backend, dtype, sample, seed)
-        truth = leaves(spec.public(*double(args), **kwargs, backend="eager"))
+        truth = leaves(spec.public(*double(args), **double(kwargs), backend="eager"))
         eager = leaves(spec.public(*args, **kwargs, backend="eager"))
         poison(*(y.numel() * y.element_size() for y in eager))
         found = leaves(spec.public(*args, **kwargs, backend=backend))
-        assert all(y.dtype == dtype and y.device == y_eager.device for y, y_eager in zip(found, eager, strict=True))
+        assert all(y.dtype == y_eager.dtype and y.device == y_eager.device for y, y_eager in zip(found, eager, strict=True))
         return found, truth, eager
 
     assert_gate(draw, dtype)

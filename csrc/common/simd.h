@@ -154,6 +154,34 @@ inline void store_as(f16* p, vf v) {
 #endif
 }
 
+// The first n < kF lanes; load_part: the others are zero.
+template <class S>
+inline vf load_part(const S* p, int n) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (sizeof(S) == 4) return _mm512_maskz_loadu_ps(mask, p);
+  const __m256i narrow = _mm256_maskz_loadu_epi16(mask, p);
+  if constexpr (std::is_same_v<S, bf16>) return bits<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+  else return _mm512_cvtph_ps(narrow);
+#else
+  S buffer[kF] = {};
+  for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  return load_as(buffer, float{});
+#endif
+}
+template <class S>
+inline void store_part(S* p, vf v, int n) {
+  S buffer[kF];
+  store_as(buffer, v);
+#if defined(__AVX512F__)
+  const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (sizeof(S) == 4) _mm512_mask_storeu_ps(p, mask, v);
+  else _mm256_mask_storeu_epi16(p, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(buffer)));
+#else
+  for (int i = 0; i < n; ++i) p[i] = buffer[i];
+#endif
+}
+
 // n elements from S to T; both may be any storage or compute type, at least one of them the compute type.
 template <class T, class S>
 inline void load_row(T* to, const S* from, int64_t n) {
@@ -290,6 +318,23 @@ inline vf sigmoid_tanh(vf a, vf b) {
   vf top, bottom;
   tanh_parts(b, top, bottom);
   return with_sign(top / ((1.f + exp_neg(a)) * bottom), b);
+}
+
+// Two polynomials (N. Juffa's): x + x P(x^2) below 0.92, 1 - e^-Q(|x|) above.
+inline vf erf(vf x) {
+  const vf magnitude = at_most(bits<vf>(bits<vi>(x) & INT32_MAX), 4.f), square = magnitude * magnitude;
+  vf p = square * -5.96761703e-4f + 4.99119423e-3f;
+  p = p * square - 2.67681349e-2f;
+  p = p * square + 1.12819925e-1f;
+  p = p * square - 3.76125336e-1f;
+  p = p * square + 1.28379166e-1f;
+  vf q = magnitude * 1.72853470e-5f - 3.83197126e-4f;
+  q = q * square + (magnitude * 3.88396438e-3f - 2.42546219e-2f);
+  q = q * magnitude + 1.06777877e-1f;
+  q = q * magnitude + 6.34846687e-1f;
+  q = q * magnitude + 1.28717512e-1f;
+  q = q * magnitude + magnitude;
+  return magnitude < 0.927734375f ? x * p + x : with_sign(1.f - exp_neg(q), x);
 }
 
 using vd = Vec<double>;

@@ -1,0 +1,98 @@
+// Matrix product against blocks of 16 columns, [block][K][16], any one to four of them at a time: members of a team take odd shares of
+// the blocks, which 64-column panels could not give them. Rows are read and written through pointers: pixels of a feature map on one
+// side, positions of a padded ring on the other.
+//
+//   out[r][block * out_block + c] (+)= sum_k a[r][k] * w[block][k][c]
+//
+// Tile: 6 rows x 4 vectors, 8 x 3 (24 sums in 32 registers), 8 x 2, 8 x 1; 6 x 2 in 16 registers. Depth is cut into slices of kDepth
+// lanes that are summed apart (panel_gemm.h says why); within a slice, four blocks of weights take 16 KiB and stay in L1.
+#pragma once
+#include "../common/panel_gemm.h"
+
+namespace pyops::conv::PYOPS_ISA {
+namespace {
+using namespace cpu::PYOPS_ISA;
+
+constexpr int64_t kDepth = 256;
+constexpr int kMaxBlocks = 4;
+
+template <int R, int NV, class E>
+[[gnu::noinline]] void block_tile(const E* const* a, const float* weights, int64_t block_stride, int64_t k0, int64_t k1, float* const* out,
+                                  int64_t out_block) {
+  const float* w[NV];
+  const E* rows[R];
+  vf acc[R][NV];
+  for (int v = 0; v < NV; ++v) w[v] = weights + v * kF / 16 * block_stride + v * kF % 16;
+  for (int r = 0; r < R; ++r) {
+    rows[r] = a[r];
+    for (int v = 0; v < NV; ++v) acc[r][v] = vf{};
+  }
+  for (int64_t k = k0; k < k1; ++k) {
+    vf b[NV];
+    for (int v = 0; v < NV; ++v) b[v] = load(w[v] + k * 16);
+    for (int r = 0; r < R; ++r) {
+#if defined(__AVX512BF16__)
+      if constexpr (sizeof(E) == 2) {
+        int32_t pair;
+        __builtin_memcpy(&pair, rows[r] + 2 * k, 4);
+        const __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+        for (int v = 0; v < NV; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], x, reinterpret_cast<__m512bh>(b[v]));
+        continue;
+      }
+#endif
+      if constexpr (sizeof(E) == 4) {
+        const vf x = splat<float>(rows[r][k]);
+        for (int v = 0; v < NV; ++v) acc[r][v] += x * b[v];
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) {
+      float* o = out[r] + v * kF / 16 * out_block + v * kF % 16;
+      store(o, k0 > 0 ? load(o) + acc[r][v] : acc[r][v]);
+    }
+}
+
+template <int NV, class E>
+void block_rows_of(int rows, const E* const* a, const float* w, int64_t block_stride, int64_t k0, int64_t k1, float* const* out,
+                   int64_t out_block) {
+  switch (rows) {
+    case 1: return block_tile<1, NV>(a, w, block_stride, k0, k1, out, out_block);
+    case 2: return block_tile<2, NV>(a, w, block_stride, k0, k1, out, out_block);
+    case 3: return block_tile<3, NV>(a, w, block_stride, k0, k1, out, out_block);
+    case 4: return block_tile<4, NV>(a, w, block_stride, k0, k1, out, out_block);
+    case 5: return block_tile<5, NV>(a, w, block_stride, k0, k1, out, out_block);
+    case 6: return block_tile<6, NV>(a, w, block_stride, k0, k1, out, out_block);
+    case 7:
+      if constexpr (kMaxVectors == 4 && NV <= 3) return block_tile<7, NV>(a, w, block_stride, k0, k1, out, out_block);
+      break;
+    case 8:
+      if constexpr (kMaxVectors == 4 && NV <= 3) return block_tile<8, NV>(a, w, block_stride, k0, k1, out, out_block);
+  }
+}
+// Rows of a tile of `blocks` blocks.
+inline int tile_rows(int blocks) { return kMaxVectors == 4 && kF == 16 && blocks <= 3 ? 8 : 6; }
+
+// At most tile_rows(blocks) rows, lanes k0 to k1 (k0 > 0 adds to `out`).
+template <class E>
+inline void gemm_tile(int rows, int blocks, const E* const* a, const float* w, int64_t block_stride, int64_t k0, int64_t k1,
+                      float* const* out, int64_t out_block) {
+  if constexpr (kF == 16) {
+    switch (blocks) {
+      case 1: return block_rows_of<1>(rows, a, w, block_stride, k0, k1, out, out_block);
+      case 2: return block_rows_of<2>(rows, a, w, block_stride, k0, k1, out, out_block);
+      case 3: return block_rows_of<3>(rows, a, w, block_stride, k0, k1, out, out_block);
+      default: return block_rows_of<4>(rows, a, w, block_stride, k0, k1, out, out_block);
+    }
+  } else {
+    float* shifted[6];
+    for (int block = 0; block < blocks; ++block)
+      for (int v = 0; v < 16; v += 2 * kF) {
+        for (int r = 0; r < rows; ++r) shifted[r] = out[r] + block * out_block + v;
+        block_rows_of<2>(rows, a, w + block * block_stride + v, block_stride, k0, k1, shifted, out_block);
+      }
+  }
+}
+
+}  // namespace
+}  // namespace pyops::conv::PYOPS_ISA

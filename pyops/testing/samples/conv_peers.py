@@ -1,0 +1,119 @@
+"""What the convolution family is timed against: PyTorch's modules in either layout, torch.compile, ONNX Runtime and OpenVINO.
+
+Inference peers get batch norm folded by their own compilers (ONNX Runtime, OpenVINO) or not at all (eager). The last two run float32
+on as many threads as torch, with bound inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pyops.ops._activations import REFERENCE
+
+Peer = Callable[[], Tensor]
+
+
+class Block(nn.Module):
+    """Convolution, batch norm, activation as users write them."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, options: dict):
+        super().__init__()
+        C, _, KH, KW = weight.shape
+        names = ("stride", "padding", "dilation")
+        self.conv = nn.Conv2d(C, C, (KH, KW), groups=C, bias=bias is not None, **{k: options[k] for k in names if k in options})
+        self.conv.to(weight.device, weight.dtype)
+        self.norm = nn.BatchNorm2d(C, device=weight.device, dtype=weight.dtype) if "running_mean" in options else nn.Identity()
+        self.activation, self.slope = REFERENCE[options.get("activation", "none")], options.get("negative_slope", 0.01)
+        state = {"conv.weight": weight, "conv.bias": bias}
+        pairs = (("running_mean", "running_mean"), ("running_var", "running_var"), ("weight", "bn_weight"), ("bias", "bn_bias"))
+        state |= {f"norm.{own}": options.get(given) for own, given in pairs}
+        self.load_state_dict({k: v.detach() for k, v in state.items() if v is not None}, strict=False)
+        self.train(options.get("training", False))
+        self.requires_grad_(weight.requires_grad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.norm(self.conv(x)), self.slope)
+
+
+def _eager(memory_format, compiled: bool = False):
+    def factory(args, kwargs) -> Peer:
+        x, weight, bias = args
+        block = Block(weight, bias, kwargs).to(memory_format=memory_format)
+        x = x.detach().contiguous(memory_format=memory_format).requires_grad_(x.requires_grad)
+        call = torch.compile(block, options={"freezing": True} if not weight.requires_grad else None) if compiled else block
+        return lambda: call(x)
+
+    return factory
+
+
+def onnx_bytes(module: nn.Module, x: Tensor) -> bytes:
+    if x.dtype != torch.float32:
+        raise ValueError("float32 only")
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the exporter that needs no further package
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(module, (x.detach().contiguous(),), path, input_names=["x"], output_names=["y"], dynamo=False)
+        return path.read_bytes()
+
+
+def onnxruntime_of(module: nn.Module, x: Tensor) -> Peer:
+    import numpy
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    session = onnxruntime.InferenceSession(onnx_bytes(module, x), options, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        output = torch.empty(module(x).shape)
+    value, result = x.detach().contiguous(), output
+    binding = session.io_binding()
+    for bind, name, t in ((binding.bind_input, "x", value), (binding.bind_output, "y", result)):
+        bind(name, "cpu", 0, numpy.float32, tuple(t.shape), t.data_ptr())
+
+    def call() -> Tensor:
+        session.run_with_iobinding(binding)
+        return result
+
+    call.keep = value  # type: ignore[attr-defined]
+    return call
+
+
+def openvino_of(module: nn.Module, x: Tensor) -> Peer:
+    import openvino
+
+    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    core = openvino.Core()
+    request = core.compile_model(core.read_model(onnx_bytes(module, x)), "CPU", hints).create_infer_request()
+    value = openvino.Tensor(x.detach().contiguous().numpy(), shared_memory=True)
+    request.set_input_tensor(value)
+
+    def call() -> Tensor:
+        request.infer()
+        return torch.from_numpy(request.get_output_tensor().data)
+
+    return call
+
+
+def _exported(run: Callable[[nn.Module, Tensor], Peer]):
+    def factory(args, kwargs) -> Peer:
+        x, weight, bias = args
+        if x.device.type != "cpu" or weight.requires_grad:
+            raise ValueError("inference on a CPU only")
+        return run(Block(weight, bias, kwargs), x)
+
+    return factory
+
+
+DEPTHWISE: dict[str, Callable[[tuple, dict], Peer]] = {
+    "torch.nn": _eager(torch.channels_last),
+    "torch.nn NCHW": _eager(torch.contiguous_format),
+    "torch.compile": _eager(torch.channels_last, compiled=True),
+    "onnxruntime": _exported(onnxruntime_of),
+    "openvino": _exported(openvino_of),
+}
