@@ -90,13 +90,14 @@ def openvino_of(module: nn.Module, x: Tensor) -> Peer:
     hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     core = openvino.Core()
     request = core.compile_model(core.read_model(onnx_bytes(module, x)), "CPU", hints).create_infer_request()
-    value = openvino.Tensor(x.detach().contiguous().numpy(), shared_memory=True)
-    request.set_input_tensor(value)
+    value = x.detach().contiguous().numpy()
+    request.set_input_tensor(openvino.Tensor(value, shared_memory=True))
 
     def call() -> Tensor:
         request.infer()
         return torch.from_numpy(request.get_output_tensor().data)
 
+    call.keep = value  # type: ignore[attr-defined]  # the request only borrows it
     return call
 
 
