@@ -151,6 +151,21 @@ def reads_shared_128(kernel: str, text: str) -> list[str]:
     return [] if "LDS.128" in text else ["no 128-bit loads from shared memory"]
 
 
+def computes_in_float32(kernel: str, text: str) -> list[str]:
+    return [] if "FFMA" in text and "HMMA" not in text else ["products and sums must be float32's own"]
+
+
+def reads_vectors(kernel: str, text: str) -> list[str]:
+    """Images in vectors of the V channels that the instance is made for: 16 bytes where it has as many."""
+    dtype, V = kernel.split("<")[1].split(", ")[:2]
+    bits = 8 * int(V.rstrip(">")) * (4 if dtype == "f32" else 2)
+    return [] if bits <= 32 or f"LDG.E.{bits}" in text else [f"no {bits}-bit loads from global memory"]
+
+
+def writes_vectors(kernel: str, text: str) -> list[str]:
+    return reads_vectors(kernel, text.replace("LDG", "").replace("STG", "LDG"))
+
+
 # What a family's design says of each of its kernels. Weights and gates_x of any hidden size are read element by element (rows of
 # odd sizes are not 16-byte aligned): 128-bit global loads are for what the kernels lay out themselves.
 DESIGN: dict[str, list[Callable[[str, str], list[str]]]] = {
@@ -161,6 +176,13 @@ DESIGN: dict[str, list[Callable[[str, str], list[str]]]] = {
     "step_forward": [multiplies, reads_shared_128, copies_asynchronously],
     "step_backward": [multiplies, reads_shared_128, copies_asynchronously],
     "pack_weights": [],
+    "depthwise_conv_forward": [computes_in_float32, reads_vectors, writes_vectors],
+    "depthwise_conv_gradient": [computes_in_float32, reads_vectors, writes_vectors],
+    "depthwise_backward_fused": [computes_in_float32, reads_vectors, writes_vectors],
+    "depthwise_grad_input": [computes_in_float32, reads_vectors, writes_vectors],
+    "depthwise_grad_weight": [computes_in_float32, reads_vectors],
+    "depthwise_means": [],
+    "depthwise_reduce": [],
 }
 
 

@@ -68,7 +68,7 @@ def test_kernels_keep_their_budgets(rows):
 
 
 def test_what_the_design_promises(rows):
-    for row in rows:
+    for row in (row for row in rows if "cell" in row):
         cell, dtype, H, costs = row["cell"], row["dtype"], row["hidden_size"], row["costs"]
         aligned = H % 16 == 0
         assert costs["spill_bytes"] <= (0 if aligned else SPILLS_UNALIGNED), row
@@ -77,6 +77,16 @@ def test_what_the_design_promises(rows):
         # the smallest 16-bit tile has less than 16 bytes a thread
         assert row["loads_128"] or not aligned or (dtype != "f32" and H == 16), row
         assert budgets.Kernel(row["arch"], "triton", row["kernel"], **costs).blocks_per_sm >= 1, row
+
+
+def test_what_the_depthwise_design_promises(rows):
+    found = [row for row in rows if "channels" in row]
+    assert len(found) == len(ARCHITECTURES) * len(configurations.triton_depthwise.configurations())
+    for row in found:
+        aligned = row["channels"] % 16 == 0
+        assert row["costs"]["spill_bytes"] <= (0 if aligned else SPILLS_UNALIGNED) and not row["tensor_cores"], row
+        assert row["loads_128"] or not aligned, row
+        assert budgets.Kernel(row["arch"], "triton", row["kernel"], **row["costs"]).blocks_per_sm >= 2, row
 
 
 def test_every_launch_is_a_compiled_configuration():

@@ -11,6 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # this file runs as a script too
+import triton_depthwise
+
 ARCHITECTURES = {"sm_80": 80, "sm_90a": 90}
 DTYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}  # Triton's names
 TORCH = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
@@ -98,6 +101,12 @@ def main(index: int, count: int, cuobjdump: str) -> None:
             name = f"{cell}_{'backward' if backward else 'forward'}<{dtype}, H={hidden_size}>"
             binary = compiled(cell, backward, dtype, hidden_size, arch)
             facts = {"cell": cell, "dtype": dtype, "hidden_size": hidden_size, **instructions(binary.asm["ptx"])}
+            print(json.dumps({"arch": arch, "kernel": name, "costs": costs(binary, Path(scratch), cuobjdump), **facts}), flush=True)
+        depthwise = [(arch, *found) for arch in ARCHITECTURES for found in triton_depthwise.configurations()]
+        for arch, kernel, dtype, C in depthwise[index::count]:
+            binary = triton_depthwise.compiled(kernel, dtype, C, ARCHITECTURES[arch])
+            facts = {"channels": C, "dtype": dtype, **instructions(binary.asm["ptx"])}
+            name = f"depthwise_{kernel}<{dtype}, C={C}>"
             print(json.dumps({"arch": arch, "kernel": name, "costs": costs(binary, Path(scratch), cuobjdump), **facts}), flush=True)
 
 

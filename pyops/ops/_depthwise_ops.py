@@ -138,3 +138,19 @@ for _overload in ("default", "triton"):
         backward=_backward_through(getattr(torch.ops.pyops.depthwise_bwd, _overload)),
         overloads=("" if _overload == "default" else _overload,),
     )
+
+
+def _triton_forward(*args):
+    from pyops.triton_kernels import depthwise_conv  # imports triton, so only at first use
+
+    return depthwise_conv.forward(*args)
+
+
+def _triton_backward(*args):
+    from pyops.triton_kernels import depthwise_conv
+
+    return depthwise_conv.backward(*args)
+
+
+for _name, _function in (("infer", _triton_forward), ("fwd", _triton_forward), ("bwd", _triton_backward)):
+    _library.implement(f"depthwise_{_name}.triton", _function, "CUDA", "CPU")  # on the CPU under TRITON_INTERPRET=1

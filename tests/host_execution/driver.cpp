@@ -3,6 +3,7 @@
 
 #include "../../csrc/common/cuda_registry.h"
 #include "../../csrc/common/launch.cuh"
+#include "../../csrc/conv/depthwise_cuda.h"
 #include "../../csrc/rnn/scan.cuh"
 
 using namespace pyops;
@@ -65,6 +66,22 @@ void host_forget_launches() {
 #if !defined(__CUDACC__)
   host::machine().launched.clear();
 #endif
+}
+
+// Bytes of workspace: of the forward pass, or where that is null of the backward pass.
+int host_depthwise_workspace(const conv::DepthwiseForward* forward, const conv::DepthwiseBackward* backward, int64_t* bytes, char* error,
+                             int error_bytes) {
+  return guarded(error, error_bytes, [&] {
+    *bytes = static_cast<int64_t>(forward ? conv::depthwise_forward_workspace(*forward) : conv::depthwise_backward_workspace(*backward));
+  });
+}
+
+int host_depthwise_forward(const conv::DepthwiseForward* p, void* workspace, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { conv::depthwise_forward(*p, workspace, nullptr); });
+}
+
+int host_depthwise_backward(const conv::DepthwiseBackward* p, void* workspace, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { conv::depthwise_backward(*p, workspace, nullptr); });
 }
 
 // The names, one per line, of kernels that were launched on the host and are not in the registry. Returns the text's length.

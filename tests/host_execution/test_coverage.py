@@ -8,10 +8,11 @@ import pytest
 from pyops import kernels as budgets
 
 from ..budgets import differences
-from . import rnn
+from . import depthwise, rnn
 from .harness import ROOT, kernel_sources, kernel_table
 
-EVERY_KERNEL = {"rnn": rnn.every_kernel}  # by family, the folder in csrc/: launches each instance of each of its kernels
+# by family, the folder in csrc/: launches each instance of each of its kernels
+EVERY_KERNEL = {"conv": depthwise.every_kernel, "rnn": rnn.every_kernel}
 
 
 @pytest.fixture(scope="module")

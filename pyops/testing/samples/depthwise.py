@@ -164,6 +164,6 @@ register(
         bytes=minimal_bytes,
         baselines=conv_peers.DEPTHWISE,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        backends=("cpu",),
+        backends=("cpu", "cuda", "triton"),
     )
 )
