@@ -9,7 +9,8 @@ namespace {
 constexpr int64_t kMost = int64_t{1} << 24;  // channels, kernel, stride: products of two stay far from overflow
 
 const float* floats(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous(), name, ": expected a contiguous float32 CPU tensor");
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous(), name,
+                  ": expected a contiguous float32 CPU tensor");
   bool same = t.dim() == static_cast<int64_t>(sizes.size());
   for (size_t d = 0; same && d < sizes.size(); ++d) same = t.size(static_cast<int64_t>(d)) == sizes.begin()[d];
   STD_TORCH_CHECK(same, name, ": wrong shape");
@@ -41,7 +42,8 @@ Tensor mbconv_pack_tensors(MaybeTensor expand_weight, MaybeTensor expand_bias, T
   MBConvSizes s{};
   s.E = depthwise.size(0), s.K = static_cast<int32_t>(depthwise.size(2)), s.O = project->size(0);
   s.expand = expand.has_value(), s.C = s.expand ? expand->size(1) : s.E, s.S = squeeze.has_value() ? squeeze->size(0) : 0;
-  STD_TORCH_CHECK(s.C >= 1 && s.E >= 1 && s.O >= 1 && std::max({s.C, s.E, s.O, s.S, depthwise.size(2)}) < kMost, "weights: empty or too large");
+  STD_TORCH_CHECK(s.C >= 1 && s.E >= 1 && s.O >= 1 && std::max({s.C, s.E, s.O, s.S, depthwise.size(2)}) < kMost,
+                  "weights: empty or too large");
   STD_TORCH_CHECK(!squeeze.has_value() || s.S >= 1, "squeeze_weight: empty");
   MBConvWeights w{};
   const MaybeTensor expand_b = as_contiguous(expand_bias), squeeze_b = as_contiguous(squeeze_bias), gate_b = as_contiguous(gate_bias);
@@ -81,8 +83,7 @@ Tensor mbconv_infer(Tensor input_, Tensor packed, int64_t expanded, int64_t sque
   STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Float && packed.dim() == 1 && packed.is_contiguous(),
                   "packed: not from mbconv_pack");
   bool pairs = false;
-  const char* mismatch =
-      mbconv_mismatch(p.sizes, packed.const_data_ptr(), packed.numel() * static_cast<int64_t>(sizeof(float)), &pairs);
+  const char* mismatch = mbconv_mismatch(p.sizes, packed.const_data_ptr(), packed.numel() * static_cast<int64_t>(sizeof(float)), &pairs);
   STD_TORCH_CHECK(!mismatch, "packed: ", mismatch);
   STD_TORCH_CHECK(!pairs || p.dtype == DType::bf16, "packed: bfloat16 weights need bfloat16 input");
 
