@@ -64,7 +64,7 @@ def test_a_failing_stage_loses_nothing_of_the_others(tmp_path):
     python = tmp_path / "python"
     python.write_text(PRETEND)
     python.chmod(0o755)
-    (benchmarks,) = (ROOT / "bench/results").glob("cpu-*.json")
+    benchmarks = min((ROOT / "bench/results").glob("cpu-*.json"))
     out, environment = tmp_path / "out", {"PYTHON": str(python), "REAL": sys.executable, "RESULTS": str(benchmarks)}
     done = run("--quick", "--out", out, "--stages", "build,tests,ops,bench,compile,report", **environment)
     assert done.returncode == 1, done.stderr
