@@ -51,10 +51,15 @@ struct DepthwiseBackwardPass {
   const int64_t taps, step, dz_slots, flip_pad, margin, dz_width;
   const bool recompute, weights, input_seen;
   const DepthwisePlan plan;
-  float *weight, *flipped, *bias, *threads;
-  const float** pointers;
-  float** gradients;
-  int64_t* places;
+  float *weight, *flipped, *bias;
+  struct Member {
+    float *ring, *dz, *row, *mean, *item_weight, *item_bias, *weight, *bias;
+    const float **in, **w;
+    float** grad;
+    int64_t *tap, *dz_tap;
+  };
+  char* members;
+  size_t member_bytes;
 
   // step: of dz positions in its ring. flip_pad: padding of the flipped convolution, negative where input columns were never seen.
   explicit DepthwiseBackwardPass(const DepthwiseBackward& params)
@@ -79,45 +84,33 @@ struct DepthwiseBackwardPass {
   int64_t ring_positions() const {  // of one block
     return dz_slots * dz_width + (input_seen ? InputRing::slots_of(s) * InputRing::width_of(s) : 0);
   }
-  int64_t list() const { return (s.KH + 7) / 8 * 8; }  // whole cache lines: members write their own at every row
-  int64_t row_positions() const { return (s.OW > s.W ? s.OW : s.W) + kSlack; }
 
-  struct Thread {
-    float *ring, *dz, *row, *mean, *item_weight, *item_bias, *weight, *bias;
-    const float **in, **w;
-    float** grad;
-    int64_t *place, *dz_place;
-  };
-  // A member's scratch; returns its size in floats.
-  int64_t member(int rank, Thread& me) const {
-    const int64_t sizes[8] = {input_seen ? InputRing::slots_of(s) * plan.group * InputRing::width_of(s) : 0,
-                              dz_slots * plan.group * dz_width,
-                              row_positions(),
-                              plan.group,
-                              plan.group * taps,
-                              plan.group,
-                              plan.blocks * taps,
-                              plan.blocks};
-    float** const parts[8] = {&me.ring, &me.dz, &me.row, &me.mean, &me.item_weight, &me.item_bias, &me.weight, &me.bias};
-    int64_t total = 0, offset = 0;
-    for (const int64_t size : sizes) total += size * kBlock;
-    if (rank < 0) return total;
-    for (int i = 0; i < 8; ++i) *parts[i] = threads + rank * total + offset, offset += sizes[i] * kBlock;
-    me.in = pointers + rank * 2 * list(), me.w = me.in + list();
-    me.grad = gradients + rank * list();
-    me.place = places + rank * 2 * list(), me.dz_place = me.place + list();
-    return total;
+  // A member's own scratch is one piece: lists that are written at every row must not lie beside another member's.
+  Member member(Layout& to) const {
+    Member m;
+    m.ring = to.take<float>(input_seen ? InputRing::slots_of(s) * plan.group * InputRing::width_of(s) * kBlock : 0);
+    m.dz = to.take<float>(dz_slots * plan.group * dz_width * kBlock);
+    m.in = to.take<const float*>(s.KH), m.w = to.take<const float*>(s.KH);
+    m.grad = to.take<float*>(s.KH);
+    m.tap = to.take<int64_t>(s.KH), m.dz_tap = to.take<int64_t>(s.KH);
+    m.row = to.take<float>(((s.OW > s.W ? s.OW : s.W) + kSlack) * kBlock);
+    m.mean = to.take<float>(plan.group * kBlock);
+    m.item_weight = to.take<float>(plan.group * taps * kBlock), m.item_bias = to.take<float>(plan.group * kBlock);
+    m.weight = to.take<float>(plan.blocks * taps * kBlock), m.bias = to.take<float>(plan.blocks * kBlock);
+    return m;
   }
-
+  Member member(int rank) const {
+    Layout to{members + rank * member_bytes};
+    return member(to);
+  }
   void lay_out(Layout& at) {
-    Thread none;
     weight = at.take<float>(plan.blocks * taps * kBlock);
     flipped = at.take<float>(p.grad_input ? plan.blocks * taps * kBlock : 0);
     bias = at.take<float>((plan.blocks + 1) * kBlock);  // and a block of zeros
-    threads = at.take<float>(plan.threads * member(-1, none));
-    pointers = at.take<const float*>(plan.threads * 2 * list());
-    gradients = at.take<float*>(plan.threads * list());
-    places = at.take<int64_t>(plan.threads * 2 * list());
+    Layout one{nullptr};
+    member(one);
+    member_bytes = one.bytes;
+    members = at.take<char>(plan.threads * static_cast<int64_t>(member_bytes));
   }
 
   void pack(const Team& team) {
@@ -140,13 +133,13 @@ struct DepthwiseBackwardPass {
   P* at(P* base, const Item& item, int64_t y, int64_t H, int64_t W) const {
     return base ? base + (item.n * H + y) * W * s.C + item.block0 * kBlock : nullptr;
   }
-  float* dz_row(const Thread& me, const Item& item, int64_t oy, int64_t g) const {
+  float* dz_row(const Member& me, const Item& item, int64_t oy, int64_t g) const {
     return me.dz + (oy % dz_slots * item.blocks + g) * dz_width * kBlock;
   }
 
   // z, dz and the weight gradient's share of output row oy.
-  void output_row(const Thread& me, Item& item, int64_t oy, bool owned) {
-    Window window{me.in, me.place, 0};
+  void output_row(const Member& me, Item& item, int64_t oy, bool owned) {
+    Window window{me.in, me.tap, 0};
     if (input_seen) {
       item.ring.advance(s, oy, at(static_cast<const S*>(p.input), item, 0, s.H, s.W), item.channels);
       window.find(s, item.ring, oy);
@@ -176,17 +169,17 @@ struct DepthwiseBackwardPass {
     }
   }
 
-  void input_row(const Thread& me, const Item& item, int64_t iy) {
+  void input_row(const Member& me, const Item& item, int64_t iy) {
     int64_t rows = 0;
     for (int64_t ky = s.KH - 1; ky >= 0; --ky) {
       const int64_t y = iy + s.pad_h - ky * s.dilation_h;
       if (y < 0 || y % s.stride_h || y / s.stride_h >= s.OH) continue;
-      me.dz_place[rows] = ky * s.KW * kBlock;
+      me.dz_tap[rows] = ky * s.KW * kBlock;
       me.in[rows++] = dz_row(me, item, y / s.stride_h, 0) + (margin - flip_pad) * kBlock;
     }
     const RowFunction convolve = pick_row(s.KW, 1, s.dilation_w);
     for (int64_t g = 0; g < item.blocks; ++g) {
-      for (int64_t r = 0; r < rows; ++r) me.w[r] = flipped + (item.block0 + g) * taps * kBlock + me.dz_place[r];
+      for (int64_t r = 0; r < rows; ++r) me.w[r] = flipped + (item.block0 + g) * taps * kBlock + me.dz_tap[r];
       convolve({me.in, me.w, rows, s.KW, 1, s.dilation_w, s.W, bias + plan.blocks * kBlock, me.row});
       for (int64_t r = 0; r < rows; ++r) me.in[r] += dz_width * kBlock;
       S* out = at(static_cast<S*>(p.grad_input), item, iy, s.H, s.W) + g * kBlock;
@@ -196,7 +189,7 @@ struct DepthwiseBackwardPass {
     }
   }
 
-  void run_item(const Thread& me, int64_t index) {
+  void run_item(const Member& me, int64_t index) {
     const int64_t group = index % plan.groups, band = index / plan.groups % plan.bands;
     Item item{index / plan.groups / plan.bands, plan.first_block(group), 0, 0, {me.ring, 0, 0, 0, 0}};
     item.blocks = plan.first_block(group + 1) - item.block0, item.channels = s.C - item.block0 * kBlock;
@@ -233,13 +226,12 @@ struct DepthwiseBackwardPass {
 
   // Sums of all members for one block, [taps][16] -> [16][taps].
   void reduce(int size, int64_t block) {
-    Thread member0, me;
+    const Member first = member(0);
     const int64_t lanes = s.C - block * kBlock < kBlock ? s.C - block * kBlock : kBlock;
-    member(0, member0);
     const auto total = [&](int64_t at, bool of_bias) {
-      float* to = (of_bias ? member0.bias : member0.weight) + at * kBlock;
+      float* to = (of_bias ? first.bias : first.weight) + at * kBlock;
       for (int rank = 1; rank < size; ++rank) {
-        member(rank, me);
+        const Member me = member(rank);
         const float* from = (of_bias ? me.bias : me.weight) + at * kBlock;
         for (int v = 0; v < kBlock; v += kF) store(to + v, load(to + v) + load(from + v));
       }
@@ -253,8 +245,7 @@ struct DepthwiseBackwardPass {
   }
 
   void run(const Team& team) {
-    Thread me;
-    member(team.rank, me);
+    const Member me = member(team.rank);
     pack(team);
     zero(me.weight, plan.blocks * taps), zero(me.bias, plan.blocks);
     team.sync();

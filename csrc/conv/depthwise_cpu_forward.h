@@ -31,58 +31,71 @@ struct DepthwiseForwardPass {
   const DepthwiseShape& s;
   const DepthwisePlan plan;
   const int64_t taps;
-  float *weight, *bias, *rings, *rows, *sums;
+  float *weight, *bias;
   float* partial;  // [N][bands][blocks * 16]
-  const float** pointers;
-  int64_t* places;
+  struct Member {
+    const float **in, **w;
+    int64_t* tap;
+    float *ring, *row, *sums;
+  };
+  char* members;
+  size_t member_bytes;
 
   explicit DepthwiseForwardPass(const DepthwiseForward& params)
       : p(params), s(p.s), plan(plan_depthwise(s, InputRing::slots_of(s) * InputRing::width_of(s) * 64)), taps(int64_t{s.KH} * s.KW) {}
 
-  int64_t ring_floats() const { return InputRing::slots_of(s) * plan.group * InputRing::width_of(s) * kBlock; }
-  int64_t list() const { return (s.KH + 7) / 8 * 8; }  // whole cache lines: members write their own at every row
-  int64_t row_floats() const { return (s.OW + kSlack) * kBlock; }
-
+  // A member's own scratch is one piece: lists that are written at every row must not lie beside another member's.
+  Member member(Layout& to) const {
+    Member m;
+    m.ring = to.take<float>(InputRing::slots_of(s) * plan.group * InputRing::width_of(s) * kBlock);
+    m.in = to.take<const float*>(s.KH), m.w = to.take<const float*>(s.KH);
+    m.tap = to.take<int64_t>(s.KH);
+    m.row = to.take<float>((s.OW + kSlack) * kBlock);
+    m.sums = to.take<float>(plan.group * 2 * kBlock);
+    return m;
+  }
+  Member member(int rank) const {
+    Layout to{members + rank * member_bytes};
+    return member(to);
+  }
   void lay_out(Layout& at) {
     weight = at.take<float>(plan.blocks * taps * kBlock);
     bias = at.take<float>(plan.blocks * kBlock);
-    rings = at.take<float>(plan.threads * ring_floats());
-    rows = at.take<float>(plan.threads * row_floats());
-    sums = at.take<float>(plan.threads * plan.group * 2 * kBlock);
     partial = at.take<float>(p.means ? s.N * plan.bands * plan.blocks * kBlock : 0);
-    pointers = at.take<const float*>(plan.threads * 2 * list());
-    places = at.take<int64_t>(plan.threads * list());
+    Layout one{nullptr};
+    member(one);
+    member_bytes = one.bytes;
+    members = at.take<char>(plan.threads * static_cast<int64_t>(member_bytes));
   }
 
-  void item(int64_t index, int rank) {
+  void item(const Member& me, int64_t index) {
     const int64_t group = index % plan.groups, band = index / plan.groups % plan.bands, n = index / plan.groups / plan.bands;
     const int64_t block0 = plan.first_block(group), blocks = plan.first_block(group + 1) - block0, channels = s.C - block0 * kBlock;
-    InputRing ring{rings + rank * ring_floats(), 0, 0, 0, 0};
-    Window window{pointers + rank * 2 * list(), places + rank * list(), 0};
-    const float **in = window.in, **w = in + list();
-    float *z = rows + rank * row_floats(), *sum = sums + rank * plan.group * 2 * kBlock;
+    InputRing ring{me.ring, 0, 0, 0, 0};
+    Window window{me.in, me.tap, 0};
+    const float **in = me.in, **w = me.w;
     const auto at = [&](const void* base, int64_t y, int64_t H, int64_t W) {
       return static_cast<const S*>(base) + (n * H + y) * W * s.C + block0 * kBlock;
     };
     const RowFunction convolve = pick_row(s.KW, s.stride_w, s.dilation_w);
     ring.start(s, blocks);
-    zero(sum, 2 * blocks);
+    zero(me.sums, 2 * blocks);
     for (int64_t y = s.OH * band / plan.bands; y < s.OH * (band + 1) / plan.bands; ++y) {
       ring.advance(s, y, at(p.input, 0, s.H, s.W), channels);
       window.find(s, ring, y);
       for (int64_t g = 0; g < blocks; ++g) {
         for (int64_t r = 0; r < window.rows; ++r) w[r] = weight + (block0 + g) * taps * kBlock + window.tap[r];
-        convolve({in, w, window.rows, s.KW, s.stride_w, s.dilation_w, s.OW, bias + (block0 + g) * kBlock, z});
+        convolve({in, w, window.rows, s.KW, s.stride_w, s.dilation_w, s.OW, bias + (block0 + g) * kBlock, me.row});
         for (int64_t r = 0; r < window.rows; ++r) in[r] += ring.width * kBlock;
         const S* residual = p.residual ? at(p.residual, y, s.OH, s.OW) + g * kBlock : nullptr;
         S* out = const_cast<S*>(at(p.output, y, s.OH, s.OW)) + g * kBlock;
         with_activation(p.activation, [&](auto a) {
-          finish_row<S, decltype(a)::value>(z, residual, out, s.OW, s.C, channels - g * kBlock, p.slope, sum + g * 2 * kBlock);
+          finish_row<S, decltype(a)::value>(me.row, residual, out, s.OW, s.C, channels - g * kBlock, p.slope, me.sums + g * 2 * kBlock);
         });
       }
     }
     for (int64_t g = 0; g < blocks && p.means; ++g)
-      __builtin_memcpy(partial + ((n * plan.bands + band) * plan.blocks + block0 + g) * kBlock, sum + g * 2 * kBlock,
+      __builtin_memcpy(partial + ((n * plan.bands + band) * plan.blocks + block0 + g) * kBlock, me.sums + g * 2 * kBlock,
                        kBlock * sizeof(float));
   }
 
@@ -101,8 +114,9 @@ struct DepthwiseForwardPass {
     pack_taps(team, p.weight_dtype, p.weight, s.C, taps, weight);
     pack_bias(team, p.weight_dtype, p.bias, s.C, bias);
     team.sync();
+    const Member me = member(team.rank);
     const int64_t items = plan.blocks ? s.N * plan.bands * plan.groups : 0;
-    for (int64_t i = items * team.rank / team.size; i < items * (team.rank + 1) / team.size; ++i) item(i, team.rank);
+    for (int64_t i = items * team.rank / team.size; i < items * (team.rank + 1) / team.size; ++i) item(me, i);
     if (!p.means) return;
     team.sync();
     for (int64_t n = team.rank; n < s.N; n += team.size) mean(n);

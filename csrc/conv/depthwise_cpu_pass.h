@@ -69,9 +69,7 @@ struct InputRing {
   void advance(const DepthwiseShape& s, int64_t oy, const S* image, int64_t channels) {
     const int64_t first = oy * s.stride_h - s.pad_h, end = first + slots < s.H ? first + slots : s.H;
     for (next = next < first ? first : next; next < end; ++next)
-      for (int64_t g = 0; g < blocks; ++g)
-        stage_row(row(next) + (g * width + s.pad_w) * kBlock, image + next * s.W * s.C + g * kBlock, columns(s), s.C,
-                  channels - g * kBlock);
+      stage_row(row(next) + s.pad_w * kBlock, width * kBlock, image + next * s.W * s.C, columns(s), s.C, channels, blocks);
   }
 };
 

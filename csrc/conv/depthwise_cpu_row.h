@@ -3,7 +3,7 @@
 //
 //   conv_row     out[x] = bias + sum over taps of w * in[x * stride + kx * dilation]       (also the input gradient, with w flipped)
 //   weight_row   grad[ky][kx] += sum over x of dz[x] * in[ky][x * stride + kx * dilation]
-//   stage_row    16 channels of an NHWC row -> [position][16]
+//   stage_row    an NHWC row -> [position][16] per block
 // Registers: one tile of conv_row holds T sums and the KW weights of a kernel row and reads each input vector once: T * KW
 // products for T * stride + KW - 1 loads (one FMA and one load a cycle on 512-bit machines).
 #pragma once
@@ -197,11 +197,17 @@ inline void put(S* p, vf v, int64_t lanes) {
   else if (lanes > 0) store_part(p, v, static_cast<int>(lanes));
 }
 
-// `from`: channel 0 of the block at position 0; C from one position to the next.
+// A row of `blocks` blocks, from NHWC (C from one position to the next, `channels` of them real) to planes of [position][16] that lie
+// `plane` floats apart. Memory is read in its order, a position at a time.
 template <class S>
-inline void stage_row(float* to, const S* from, int64_t width, int64_t C, int64_t lanes) {
-  for (int v = 0; v < kBlock; v += kF)
-    for (int64_t x = 0; x < width; ++x) store(to + x * kBlock + v, get(from + x * C + v, lanes - v));
+inline void stage_row(float* to, int64_t plane, const S* from, int64_t width, int64_t C, int64_t channels, int64_t blocks) {
+  const int64_t whole = channels / kBlock < blocks ? channels / kBlock : blocks;
+  for (int64_t x = 0; x < width; ++x, from += C, to += kBlock) {
+    for (int64_t g = 0; g < whole; ++g)
+      for (int v = 0; v < kBlock; v += kF) store(to + g * plane + v, load_as(from + g * kBlock + v, float{}));
+    if (whole < blocks)
+      for (int v = 0; v < kBlock; v += kF) store(to + whole * plane + v, get(from + whole * kBlock + v, channels - whole * kBlock - v));
+  }
 }
 
 // sums[0] += value for one vector, sums[16] carrying what the additions lost: a plain sum over hundreds of rows has three times

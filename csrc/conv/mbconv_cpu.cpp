@@ -104,14 +104,17 @@ const char* mbconv_mismatch(const MBConvSizes& s, const void* packed, int64_t by
 }
 
 MBConvSplit split_mbconv(int64_t blocks, int64_t rows, int32_t stride, int32_t K, int threads) {
-  MBConvSplit best{1, 1};
+  MBConvSplit best{0, 1, 1};
   int64_t best_cost = INT64_MAX;
-  for (int bands = 1; bands <= threads && bands <= rows; ++bands) {
-    const int units = static_cast<int>(std::min<int64_t>(blocks, threads / bands));
-    // Expanded rows times blocks of the busiest member; a band expands K - stride rows of its neighbours' again.
-    const int64_t own = (rows + bands - 1) / bands * stride, cost = (own + (bands > 1 ? K - 1 : 0)) * ((blocks + units - 1) / units);
-    if (cost < best_cost) best = {units, bands}, best_cost = cost;
-  }
+  for (const int64_t whole : {blocks / threads * threads, int64_t{0}})
+    for (int bands = 1; bands <= threads && bands <= rows; ++bands) {
+      const int64_t rest = blocks - whole;
+      const int units = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(rest, threads / bands)));
+      // Expanded rows times blocks of the busiest member; a band expands rows of its neighbours' again.
+      const int64_t band = (rows + bands - 1) / bands * stride + (bands > 1 ? K - 1 : 0);
+      const int64_t cost = whole / threads * rows * stride + band * ((rest + units - 1) / units);
+      if (cost < best_cost) best = {whole, units, bands}, best_cost = cost;
+    }
   return best;
 }
 

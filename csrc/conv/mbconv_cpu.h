@@ -36,8 +36,10 @@ void mbconv_pack(const MBConvSizes& s, const MBConvWeights& w, bool pairs, void*
 const char* mbconv_mismatch(const MBConvSizes& s, const void* packed, int64_t bytes, bool* pairs);
 void mbconv_forward_cpu(const MBConvForward& p);
 
-// How `threads` members share one image: `units` split its channel blocks, and each of `bands` such groups takes a band of output rows.
+// How a crew shares an image: the first `whole` blocks of channels, a multiple of the crew, are dealt out for all rows; of the others,
+// `units` members take a share each, and `bands` such groups a band of output rows each.
 struct MBConvSplit {
+  int64_t whole;
   int units, bands;
 };
 MBConvSplit split_mbconv(int64_t blocks, int64_t rows, int32_t stride, int32_t K, int threads);

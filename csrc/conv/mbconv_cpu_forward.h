@@ -5,7 +5,7 @@
 //    [slot][block][width][16] in L2, and every row of y is convolved out of it while it is there. y, [pixel][E], is stored once, its
 //    means are summed on the way. Members split the blocks, or rows where blocks are few (split_mbconv).
 // 2. Gates, folded into the smaller of y and a copy of the project weights.
-// 3. Project: tiles of 48 pixels x 64 channels, members split the pixels, or the channels where weights outweigh y.
+// 3. Project: tiles of up to 64 pixels x 64 channels, members split the pixels, or the channels where weights outweigh y.
 // Small feature maps take several images through 1 to 3 at once, so that weights, which then outweigh y, come from L3 less often.
 // Floors: flops 2*N*(H*W*C*E + OH*OW*E*(K*K + O)) and one activation for every element of E, twice, about 12 cycles for 16.
 #pragma once
@@ -18,7 +18,7 @@ namespace {
 
 template <class S, class E>
 struct MBConvPass {
-  static constexpr int64_t kTile = 48;        // pixels of a project tile
+  static constexpr int64_t kTile = 64;        // pixels of a project tile, at most
   static constexpr int64_t kExpandTile = 48;  // pixels expanded at once, at least
   static constexpr bool kPairs = sizeof(E) == 2;
 
@@ -170,9 +170,8 @@ struct MBConvPass {
 
   void stage_rows(const Chunk& c, int64_t y0, int64_t y1) const {
     for (int64_t y = y0; y < y1; ++y)
-      for (int64_t g = 0; g < c.blocks; ++g)
-        stage_row(ring_row(c, y) + (g * width + pad) * kBlock, image(c.image) + y * p.W * s.C + (c.block0 + g) * kBlock, p.W, s.C,
-                  s.C - (c.block0 + g) * kBlock);
+      stage_row(ring_row(c, y) + pad * kBlock, width * kBlock, image(c.image) + y * p.W * s.C + c.block0 * kBlock, p.W, s.C,
+                s.C - c.block0 * kBlock, c.blocks);
   }
 
   // z of one row and block -> y, and its sum.
@@ -226,21 +225,23 @@ struct MBConvPass {
       __builtin_memcpy(pool + (c.block0 + g) * kBlock, sums + g * 2 * kBlock, kBlock * sizeof(float));
   }
 
-  // What of y a member produces.
+  // What of y a member produces: blocks for all rows, and blocks for a band of rows.
   struct Part {
     int64_t block0, block1, y0, y1, band;
-    int bands;
   };
-  Part part(const Crew& crew) const {
-    const MBConvSplit split = crew.size == 1 ? MBConvSplit{1, 1} : split_mbconv(at.blocks, OH, p.stride, s.K, crew.size);
+  struct Parts {
+    MBConvSplit split;
+    Part part[2];
+  };
+  Parts parts(const Crew& crew) const {
+    const MBConvSplit split = crew.size == 1 ? MBConvSplit{at.blocks, 1, 1} : split_mbconv(at.blocks, OH, p.stride, s.K, crew.size);
     const int unit = crew.rank % split.units, band = crew.rank / split.units;
-    if (band >= split.bands) return {0, 0, 0, 0, 0, split.bands};
-    return {at.blocks * unit / split.units,
-            at.blocks * (unit + 1) / split.units,
-            OH * band / split.bands,
-            OH * (band + 1) / split.bands,
-            band,
-            split.bands};
+    const int64_t rest = at.blocks - split.whole;
+    Parts parts{split, {{crew.share(split.whole, crew.rank), crew.share(split.whole, crew.rank + 1), 0, OH, 0}, {}}};
+    if (band < split.bands)
+      parts.part[1] = {split.whole + rest * unit / split.units, split.whole + rest * (unit + 1) / split.units, OH * band / split.bands,
+                       OH * (band + 1) / split.bands, band};
+    return parts;
   }
 
   void produce(const Crew& crew, const Part& part) const {
@@ -255,13 +256,14 @@ struct MBConvPass {
 
   // ------------------------------------------------------------------------------------------------------------ gates
 
-  // The squeezed activations of image i, [S], in crew.own.squeezed. `bands` > 1 only for one image.
-  void squeeze(const Crew& crew, int64_t i, int bands) const {
+  // The squeezed activations of image i, [S], in crew.own.squeezed. More than one band only for one image.
+  void squeeze(const Crew& crew, int64_t i, const MBConvSplit& split) const {
     float* mean = crew.own.gates;
     const float scale = 1.f / static_cast<float>(pixels);
     for (int64_t c = 0; c < channels; c += kF) {
       vf sum{};
-      for (int band = 0; band < bands; ++band) sum += load(crew.lead.pool + (i + band) * channels + c);
+      for (int band = 0; band < (c < split.whole * kBlock ? 1 : split.bands); ++band)
+        sum += load(crew.lead.pool + (i + band) * channels + c);
       store(mean + c, sum * scale);
     }
     const float* w = weights + at.squeeze;
@@ -322,9 +324,7 @@ struct MBConvPass {
     return v;
   }
 
-  // The member's part of y.
   void gate_y(const Crew& crew, const Part& part, int64_t i) const {
-    excite(crew, part.block0, part.block1);
     for (int64_t x = part.y0 * OW; x < part.y1 * OW; ++x) {
       E* y = crew.lead.y + (i * pixels + x) * ldy;
       for (int64_t c = part.block0 * kBlock; c < part.block1 * kBlock; c += kF)
@@ -343,8 +343,10 @@ struct MBConvPass {
     const int64_t panels = (block1 - block0 + kMaxBlocks - 1) / kMaxBlocks;
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t b0 = block0 + (block1 - block0) * panel / panels, b1 = block0 + (block1 - block0) * (panel + 1) / panels;
-      for (int64_t r = row0; r < row1; r += kTile)
-        project_tile(crew, b0, static_cast<int>(b1 - b0), r, row1 - r < kTile ? row1 - r : kTile);
+      for (int64_t r = row0, n; r < row1; r += n) {
+        n = block_rows(row1 - r, kTile);
+        project_tile(crew, b0, static_cast<int>(b1 - b0), r, n);
+      }
     }
   }
 
@@ -375,14 +377,18 @@ struct MBConvPass {
 
   void run(const Crew& crew) const {
     if (staged) stage(crew), crew.sync();
-    const Part part = this->part(crew);
-    produce(crew, part);
+    const Parts parts = this->parts(crew);
+    for (const Part& part : parts.part) produce(crew, part);
     crew.sync();
     if (s.S) {
       for (int64_t i = 0; i < crew.count; ++i) {
-        squeeze(crew, i, part.bands);
-        if (scale_weights) gate_weights(crew);
-        else gate_y(crew, part, i);
+        squeeze(crew, i, parts.split);
+        if (scale_weights) {
+          gate_weights(crew);
+          continue;
+        }
+        for (const Part& part : parts.part) excite(crew, part.block0, part.block1);
+        for (const Part& part : parts.part) gate_y(crew, part, i);
       }
       crew.sync();
     }

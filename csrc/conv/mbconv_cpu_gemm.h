@@ -13,7 +13,7 @@ namespace pyops::conv::PYOPS_ISA {
 namespace {
 using namespace cpu::PYOPS_ISA;
 
-constexpr int64_t kDepth = 256;
+constexpr int64_t kDepth = 384;
 constexpr int kMaxBlocks = 4;
 
 template <int R, int NV, class E>
