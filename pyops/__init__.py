@@ -6,15 +6,19 @@ Importing touches no CUDA runtime, no Triton and starts nothing.
 from pyops import nn
 from pyops._backends import backend, explain
 from pyops.fuse import fuse, unfuse
+from pyops.ops.batch_norm_act import batch_norm_act
 from pyops.ops.depthwise_conv import depthwise_conv_bn_act
 from pyops.ops.gru import fused_gru, gru_cell
 from pyops.ops.lstm import fused_lstm, lstm_cell
+from pyops.ops.pointwise_conv import pointwise_conv
 from pyops.ops.rnn import fused_rnn, rnn_cell
+from pyops.ops.squeeze_excite import squeeze_excite
 
 __version__ = "0.1.0"
 
 __all__ = [
     "backend",
+    "batch_norm_act",
     "depthwise_conv_bn_act",
     "explain",
     "fuse",
@@ -24,6 +28,8 @@ __all__ = [
     "gru_cell",
     "lstm_cell",
     "nn",
+    "pointwise_conv",
     "rnn_cell",
+    "squeeze_excite",
     "unfuse",
 ]

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -251,11 +252,17 @@ def kernels(
 
 @app.command()
 def demo(
-    cell: Annotated[str, typer.Option(help="lstm, gru or rnn.")] = "lstm",
+    task: Annotated[str, typer.Option(help="sequence: a recurrent layer; images: a network of EfficientNet's blocks.")] = "sequence",
+    cell: Annotated[str | None, typer.Option(help="Of sequence: lstm (default), gru or rnn.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    epochs: Annotated[int, typer.Option(min=1)] = 20,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 20 of sequence, 10 of images.")] = None,
     backend: Annotated[str | None, typer.Option(help="Ask for one by name; default: pyops chooses.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads for both models; layers this small gain nothing from more.")] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="CPU threads for both models. Default: torch's for images, 1 for sequence, which gains nothing from more."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the weights and the batches.")] = 0,
     out_path: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("pyops-demo/index.html"),
 ) -> None:
@@ -268,18 +275,24 @@ def demo(
 
     from pyops import demo as found
 
-    one_of(cell, tuple(found.CELLS), "--cell")
+    one_of(task, tuple(found.EPOCHS), "--task")
+    if cell is not None and task != "sequence":
+        fail(f"--cell: belongs to --task sequence; {task} has no recurrent layer")
+    cell = one_of(cell or "lstm", tuple(found.CELLS), "--cell")
     one_of(device, DEVICES, "--device")
     if reason := found.missing():
         fail(reason)
     require_gpu(device)
     console = out()
-    torch.set_num_threads(threads)
+    if threads is not None or task == "sequence":
+        torch.set_num_threads(threads or 1)
+    epochs = epochs or found.EPOCHS[task]
+    run = partial(found.run, cell) if task == "sequence" else found.images.run
     columns = (TextColumn("training both models"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn())
     try:
         with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("", total=2 * epochs)
-            result = found.run(cell, device, epochs, backend, seed, lambda: progress.advance(task))
+            bar = progress.add_task("", total=2 * epochs)
+            result = run(device, epochs, backend, seed, lambda: progress.advance(bar))
     except ValueError as error:
         fail(str(error))
     found.show(result, console)

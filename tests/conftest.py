@@ -69,14 +69,17 @@ def double(value):
     return {key: double(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
+CONSTANTS = ("running_", "keep")  # keyword arguments that no gradient flows into
+
+
 def leaves(value) -> list[torch.Tensor]:
     """The floating tensors in a nested value, in order."""
     if isinstance(value, torch.Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, (tuple, list)):
         return [leaf for item in value for leaf in leaves(item)]
-    if isinstance(value, dict):  # batch norm's buffers have no gradient
-        return [leaf for key, item in value.items() if not key.startswith("running_") for leaf in leaves(item)]
+    if isinstance(value, dict):
+        return [leaf for key, item in value.items() if not key.startswith(CONSTANTS) for leaf in leaves(item)]
     return []
 
 
@@ -87,7 +90,7 @@ def with_grad(value):
     if isinstance(value, (tuple, list)):
         return tuple(with_grad(item) for item in value)
     if isinstance(value, dict):
-        return {key: item if key.startswith("running_") else with_grad(item) for key, item in value.items()}
+        return {key: item if key.startswith(CONSTANTS) else with_grad(item) for key, item in value.items()}
     return value
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import pyops
 from pyops import demo
 from pyops.cli import app
-from pyops.demo import training
+from pyops.demo import images, measure, training
 from pyops.ops import _rnn
 
 pytest.importorskip("sklearn")
@@ -110,6 +111,9 @@ def test_mistakes_are_told(tmp_path, monkeypatch):
         (("--device", "tpu"), "--device: expected one of cpu, cuda"),
         (("--backend", "cuda"), "backend 'cuda' cannot run this call"),
         (("--backend", "gpu"), "expected one of auto, cpu, cuda"),
+        (("--task", "video"), "--task: expected one of sequence, images, got 'video'"),
+        (("--task", "images", "--cell", "lstm"), "--cell: belongs to --task sequence; images has no recurrent layer"),
+        (("--task", "images", "--backend", "cuda"), "backend 'cuda' cannot run this call"),
     ):
         result = invoke("--out", tmp_path / "index.html", *arguments)
         assert result.exit_code == 2 and message in result.output, result.output
@@ -126,6 +130,83 @@ def test_run_says_what_is_wrong():
         demo.run("transformer")
     with pytest.raises(ValueError, match="epochs: expected 1 or more"):
         demo.run("rnn", epochs=0)
+    with pytest.raises(ValueError, match="epochs: expected 1 or more"):
+        images.run(epochs=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the task images
+
+
+def test_images(tmp_path):
+    page = tmp_path / "index.html"
+    result = invoke("--task", "images", "--out", page, "--epochs", 3)
+    assert result.exit_code == 0, result.output
+    for text in ("training step (64 images", "inference (64 images", "peak memory", "same weights", "The two agree"):
+        assert text in result.output
+    for text in ("gradients of the depthwise filters", "gradients of the squeeze-excitations", "running statistics"):
+        assert text in result.output
+    html = page.read_text()
+    HTMLParser().feed(html)
+    assert html.count("<svg") == 4 and "EfficientNet blocks" in html
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """An eighth of the images: two batches and a part of one."""
+    whole = images.load_digits
+
+    def few(seed, device):
+        return training.Digits(*(part[: len(part) // 8] for part in whole(seed, device)))
+
+    monkeypatch.setattr(images, "load_digits", few)
+
+
+def test_images_twin_has_the_same_names_and_draws():
+    torch.manual_seed(0)
+    ours, theirs = images.network("eager"), images.twin()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = images.enlarge(torch.rand(32, 8, 8))
+    assert x.shape == (32, 3, 16, 16) and x.is_contiguous(memory_format=torch.channels_last)
+    scores = []
+    for model in (ours, theirs, theirs):
+        torch.manual_seed(len(scores) // 2)
+        scores.append(model(x).detach())
+    torch.testing.assert_close(scores[0], scores[1])
+    assert (scores[1] - scores[2]).abs().max() > 1e-3  # another seed drops other samples
+
+
+def test_images_that_do_not_learn_fail(few_images, tmp_path):
+    result = invoke("--task", "images", "--out", tmp_path / "index.html", "--epochs", 1, "--backend", "eager")
+    assert result.exit_code == 1
+    assert "is below 95%" in result.output and "backend eager" in result.output and "too large" not in result.output
+
+
+@pytest.mark.parametrize("training_only", [False, True])
+def test_images_with_a_broken_block_fail(few_images, monkeypatch, training_only):
+    right = pyops.nn.MBConv.forward
+
+    def wrong(self, input):
+        output = right(self, input)
+        return output if training_only and not torch.is_grad_enabled() else output * (1 + 1e-4)
+
+    monkeypatch.setattr(pyops.nn.MBConv, "forward", wrong)
+    failures = images.run(epochs=1).failures
+    assert any(failure.startswith("scores in training of pyops' network") for failure in failures)
+    assert any(failure.startswith("scores in inference") for failure in failures) is not training_only
+
+
+def test_peak_memory():
+    def call():
+        first = torch.ones(1000, 250)  # 1 MB
+        second = first * 2
+        del first
+        return second + 1  # again two at once
+
+    assert measure.peak_bytes(call, torch.ones(1)) == pytest.approx(2_000_000, rel=0.01)
+    kept = torch.ones(1000, 250, requires_grad=True)  # older memory does not count; what backward needs does
+    assert measure.peak_bytes(lambda: kept.exp().sin().sum(), kept) == pytest.approx(2_000_000, rel=0.01)
+    assert measure.peak_bytes(lambda: None, kept) == 0
 
 
 def test_sparkline():

@@ -1,9 +1,13 @@
 """`pyops demo`: the same training with torch.nn and with pyops, side by side, in the terminal and as a page.
 
-`missing()` says what has to be installed, `run()` trains and judges, `show()` prints, `write()` makes the page.
+`missing()` says what has to be installed, `run()` and `images.run()` train and judge, `show()` prints, `write()` makes the page.
 """
 
+from pyops.demo import images
 from pyops.demo.presentation import show, write
-from pyops.demo.training import CELLS, Result, missing, run
+from pyops.demo.sequence import CELLS, run
+from pyops.demo.training import Cost, Result, missing
 
-__all__ = ["CELLS", "Result", "missing", "run", "show", "write"]
+EPOCHS = {"sequence": 20, "images": images.EPOCHS}  # of each task, unless told otherwise
+
+__all__ = ["CELLS", "EPOCHS", "Cost", "Result", "images", "missing", "run", "show", "write"]

@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from pyops.demo.training import DRIFT_FACTOR, HIDDEN, Result
+from pyops.demo.training import DRIFT_FACTOR, Result
 from pyops.report import page
-from pyops.report.charts import Series, xy
+from pyops.report.charts import Series, speedup_bars, xy
 from pyops.report.tables import Cell, Table, ratio
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -43,6 +43,9 @@ def comparison(result: Result) -> Table:
     table.rows.append(["time of an epoch (median)", *times])
     table.rows.append(["speed-up (median over epochs)", "", ratio(result.ratio)])
     table.rows.append(["speed-up, the middle half of the epochs", "", " to ".join(str(ratio(value)) for value in result.ratio_range)])
+    for cost in result.costs:
+        table.rows.append([f"{cost.what} ({cost.how})", *(f"{value:.2f} {cost.unit}" for value in (cost.torch, cost.pyops))])
+        table.rows.append([f"{cost.what}, torch.nn's over pyops'", "", ratio(cost.ratio)])
     return table
 
 
@@ -53,7 +56,8 @@ def differences(result: Result) -> Table:
         ["parameters, relative L2", f"{result.drift:.2e}"],
         [f"allowed: {DRIFT_FACTOR:.0f} times what rounding alone makes ({result.yardstick:.2e})", f"{DRIFT_FACTOR * result.yardstick:.2e}"],
     ]
-    return Table("Differences after training", ["", "value"], rows)
+    same_weights: list[list[Cell | str]] = [[what, f"{value:.2e}"] for what, value in result.differences]
+    return Table("Differences after training", ["", "value"], same_weights + rows)
 
 
 def gate(result: Result) -> Table:
@@ -111,6 +115,16 @@ def html(result: Result) -> str:
     loss_chart = xy(curves, "Training loss", "epoch", "cross-entropy", log_y=True)
     time_chart = xy(times, "Time of an epoch", "epoch", "ms", from_zero=True)
     verdict = [(failure, "bad") for failure in result.failures] or [(AGREED, "good")]
+    figures = [
+        page.figure("Training loss", loss_chart, legend, "Same start, same batches."),
+        page.figure("Time of an epoch", time_chart, legend, "The two models' epochs alternate."),
+    ]
+    if result.costs:
+        bars: list[tuple[str, list[tuple[str, int, float | None]]]] = [
+            (cost.what, [(result.torch.name, 0, cost.ratio)]) for cost in result.costs
+        ]
+        title = f"{result.torch.name} over {result.pyops.name}"
+        figures.append(page.figure(title, speedup_bars(bars, title), caption="To the right pyops takes less."))
     body = [
         page.tiles(
             [
@@ -121,22 +135,13 @@ def html(result: Result) -> str:
             ]
         ),
         *(page.paragraph(text, tone) for text, tone in verdict),
-        page.grid(
-            [
-                page.figure("Training loss", loss_chart, legend, "Same start, same batches."),
-                page.figure("Time of an epoch", time_chart, legend, "The two models' epochs alternate."),
-            ]
-        ),
+        page.grid(figures),
         page.heading("Test images and what pyops' model reads"),
         digits(result),
     ]
     for table in (comparison(result), losses(result), differences(result), gate(result)):
         body += [page.heading(table.title), page.table(table)]
-    lead = (
-        f"A recurrent layer ({result.cell}) of {HIDDEN} units reads handwritten digits row by row. It is trained twice on {result.device}: "
-        f"with torch.nn, and with pyops, which runs on its {result.runs_on!r} backend."
-    )
-    return page.page("pyops demo", lead, body)
+    return page.page("pyops demo", result.lead, body)
 
 
 def digits(result: Result, count: int = 16) -> str:

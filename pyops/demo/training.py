@@ -1,7 +1,7 @@
-"""Trains a handwriting classifier twice, with torch.nn's recurrent layer and with pyops', and judges whether they agree.
+"""Trains a classifier of handwriting twice, with torch.nn and with pyops, and judges whether the two agree: what every task shares.
 
-The data are scikit-learn's bundled digits: 1,797 images of 8 x 8 pixels, read row by row, so a sequence of 8 steps of 8 inputs. Both
-trainings start from the same weights and see the same batches; their epochs alternate, so that the machine's noise hits both.
+The data are scikit-learn's bundled digits: 1,797 images of 8 x 8 pixels. Both trainings start from the same weights and see the same
+batches; their epochs alternate, so that the machine's noise hits both.
 """
 
 from __future__ import annotations
@@ -9,39 +9,41 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import pyops
-from pyops.testing import relative_error, within_gate
+from pyops.testing import relative_error
 
-CELLS = {"lstm": (nn.LSTM, pyops.nn.LSTM), "gru": (nn.GRU, pyops.nn.GRU), "rnn": (nn.RNN, pyops.nn.RNN)}
-# With 20 epochs these reach 96.7 % to 98.2 % on the test images, with each cell and seeds 0 to 2.
-HIDDEN = 64
-BATCH = 32
-LEARNING_RATE = 1e-2  # at its highest: one cycle up and down
 REQUIRED_ACCURACY = 0.95
 # Rounding differences grow as a training goes on, and by how much is luck. The yardstick is a third training whose every weight is moved by
-# one unit in the last place before every step; the two compared may lie this many times as far apart (measured: 0.2 to 2 times).
+# one unit in the last place before every step; the two compared may lie this many times as far apart (measured: 0.2 to 3 times).
 DRIFT_FACTOR = 10.0
+Check = tuple[str, float, float, str | None]  # what, torch's and pyops' error on the same weights, None or what is wrong
 
 
-class Classifier(nn.Module):
-    """A recurrent layer over an image's rows and a linear layer on its last state: [B, 8, 8] -> [B, 10]."""
+class Digits(NamedTuple):
+    """Images with their labels, in two parts."""
 
-    def __init__(self, recurrent: nn.RNNBase):
-        super().__init__()
-        self.recurrent = recurrent
-        self.head = nn.Linear(recurrent.hidden_size, 10)
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
 
-    def forward(self, images: Tensor) -> Tensor:
-        output, _ = self.recurrent(images)
-        return self.head(output[:, -1])
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a task trains."""
+
+    batch: int
+    learning_rate: float  # at its highest: one cycle up and down
+    optimizer: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
+    random: bool = False  # the model draws random numbers while it trains: every training shall draw the same
 
 
 @dataclass
@@ -49,39 +51,64 @@ class Training:
     """One model's training: the mean loss and the seconds of each epoch, and its accuracy on the test images."""
 
     name: str
-    model: Classifier
+    model: nn.Module
+    recipe: Recipe
     steps: int  # of the whole training, for the learning rate's cycle
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     accuracy: float = 0.0
     nudged: bool = False  # every weight is moved by one unit in the last place before every step
+    taken: int = 0  # steps so far
 
     def __post_init__(self) -> None:
         self.luck = torch.Generator().manual_seed(0)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), LEARNING_RATE)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, LEARNING_RATE, total_steps=self.steps)
+        self.optimizer = self.recipe.optimizer(self.model.parameters(), self.recipe.learning_rate)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, self.recipe.learning_rate, total_steps=self.steps)
 
     def epoch(self, images: Tensor, labels: Tensor, order: Tensor) -> None:
-        start = _now(images)
+        start = now(images)
         total = images.new_zeros(())
-        for rows in order.split(BATCH):
+        for rows in order.split(self.recipe.batch):
             if self.nudged:
                 nudge(self.model, self.luck)
-            self.optimizer.zero_grad()
-            loss = F.cross_entropy(self.model(images[rows]), labels[rows])
-            loss.backward()
-            self.optimizer.step()
+            total += self.step(images[rows], labels[rows]) * len(rows)
             self.schedule.step()
-            total += loss.detach() * len(rows)
-        self.seconds.append(_now(images) - start)
+        self.seconds.append(now(images) - start)
         self.losses.append(total.item() / len(order))
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One step on one batch; its loss."""
+        if self.recipe.random:  # anew before each step: a model that draws in another order or number is out of step for one batch only
+            torch.manual_seed(self.taken)
+        self.taken += 1
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.model(images), labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one thing takes with torch and with pyops, in `unit`; `ratio` is torch's over pyops'."""
+
+    what: str
+    how: str  # it was measured
+    unit: str
+    torch: float
+    pyops: float
+
+    @property
+    def ratio(self) -> float:
+        return self.torch / self.pyops
 
 
 @dataclass
 class Result:
     """What the demo found; `failures` is empty when all is well."""
 
-    cell: str
+    lead: str  # what was done, in a sentence or two
+    part: str  # of pyops' model: what `checks` is about
     device: str
     runs_on: str
     torch: Training
@@ -90,10 +117,12 @@ class Result:
     parameter_difference: float  # largest
     drift: float  # relative L2 distance of the trained parameters
     yardstick: float  # the same for a training that is nudged by one unit in the last place
-    checks: list[tuple[str, float, float, str | None]]  # what, torch's and pyops' error on the same weights, None or what is wrong
-    images: Tensor
+    images: Tensor  # [N, 8, 8]
     labels: Tensor
     predictions: Tensor
+    checks: list[Check] = field(default_factory=list)
+    differences: list[tuple[str, float]] = field(default_factory=list)  # more of them: what, and the largest
+    costs: list[Cost] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -120,108 +149,79 @@ def missing() -> str | None:
     return None
 
 
-def load_digits(seed: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(train images [N, 8, 8] in 0..1, train labels, test images, test labels): a quarter is for testing."""
+def load_digits(seed: int, device: str) -> Digits:
+    """Images [N, 8, 8] in 0..1; a quarter is for testing."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     pixels, labels = load_digits(return_X_y=True)
     split = train_test_split(pixels.reshape(-1, 8, 8) / 16, labels, test_size=0.25, random_state=seed, stratify=labels)
     train_x, test_x, train_y, test_y = (torch.as_tensor(part, device=device) for part in split)
-    return train_x.float(), train_y.long(), test_x.float(), test_y.long()
+    return Digits(train_x.float(), train_y.long(), test_x.float(), test_y.long())
 
 
-def run(
-    cell: str = "lstm",
-    device: str = "cpu",
-    epochs: int = 20,
-    backend: str | None = None,
-    seed: int = 0,
-    progress: Callable[[], None] = lambda: None,
-) -> Result:
-    """The whole demo. `progress` is called after each epoch of each of the two models.
+def start(recipe: Recipe, digits: Digits, epochs: int, **models: nn.Module) -> list[Training]:
+    """A training of each model, by name.
 
-    Raises ValueError for an unknown cell, no epochs, or a backend that cannot run it here.
+    Raises ValueError for no epochs, or a backend that cannot run a model here.
     """
-    if cell not in CELLS:
-        raise ValueError(f"demo: cell: expected one of {', '.join(CELLS)}, got {cell!r}")
     if epochs < 1:
         raise ValueError(f"demo: epochs: expected 1 or more, got {epochs}")
-    train_x, train_y, test_x, test_y = load_digits(seed, device)
-    torch.manual_seed(seed)
-    theirs, ours = CELLS[cell]
-    reference = Classifier(theirs(8, HIDDEN, batch_first=True)).to(device)
-    candidate = Classifier(ours(8, HIDDEN, batch_first=True, backend=backend)).to(device)
-    candidate.load_state_dict(reference.state_dict())
-    steps = epochs * -(-len(train_x) // BATCH)
-    pair = [Training(f"torch.nn.{theirs.__name__}", reference, steps), Training(f"pyops.nn.{ours.__name__}", candidate, steps)]
-    third = Training("nudged", copy.deepcopy(reference), steps, nudged=True)
-    for training in pair:  # the first call of each allocates, picks kernels and starts threads: not the models' speed
-        F.cross_entropy(training.model(train_x[:BATCH]), train_y[:BATCH]).backward()
+    for model in models.values():  # the first call of each allocates, picks kernels and starts threads: not the models' speed
+        rehearsal = copy.deepcopy(model)  # batch norm's statistics count calls
+        F.cross_entropy(rehearsal(digits.train_x[: recipe.batch]), digits.train_y[: recipe.batch]).backward()
+    steps = epochs * -(-len(digits.train_x) // recipe.batch)
+    return [Training(name, model, recipe, steps) for name, model in models.items()]
 
+
+def race(
+    pair: list[Training], digits: Digits, epochs: int, seed: int, progress: Callable[[], None], lead: str, part: str, runs_on: str
+) -> Result:
+    """Trains both, torch's first in `pair`, and a third that is nudged. The result is not judged yet."""
+    theirs, ours = pair
+    third = Training("nudged", copy.deepcopy(theirs.model), theirs.recipe, theirs.steps, nudged=True)
     shuffle = torch.Generator().manual_seed(seed)
+    train_x, train_y, test_x, test_y = digits
     for epoch in range(epochs):
-        order = torch.randperm(len(train_x), generator=shuffle).to(device)
+        order = torch.randperm(len(train_x), generator=shuffle).to(train_x.device)
         for training in pair if epoch % 2 else reversed(pair):
             training.epoch(train_x, train_y, order)
             progress()
         third.epoch(train_x, train_y, order)
 
-    with torch.no_grad():
-        scores = [training.model(test_x) for training in pair]
+    scores = [evaluate(training.model, test_x) for training in pair]
     for training, score in zip(pair, scores, strict=True):
         training.accuracy = (score.argmax(1) == test_y).float().mean().item()
     weights = [flat(training.model) for training in (*pair, third)]
-    layer = candidate.recurrent
-    arguments = (test_x, None, *layer.all_weights[0])
-    chosen = pyops.explain(f"fused_{cell}", *arguments, batch_first=True, backend=backend).chosen
-    result = Result(
-        cell=cell,
-        device=device,
-        runs_on=str(chosen),
-        torch=pair[0],
-        pyops=pair[1],
+    return Result(
+        lead=lead,
+        part=part,
+        device=train_x.device.type,
+        runs_on=runs_on,
+        torch=theirs,
+        pyops=ours,
         output_difference=(scores[1] - scores[0]).abs().max().item(),
         parameter_difference=(weights[1] - weights[0]).abs().max().item(),
         drift=relative_error([(weights[1], weights[0])]),
         yardstick=relative_error([(weights[2], weights[0])]),
-        checks=compare(reference.recurrent, layer, test_x),
         images=test_x,
         labels=test_y,
         predictions=scores[1].argmax(1),
     )
-    result.failures = judge(result)
-    return result
 
 
-def compare(theirs: nn.RNNBase, ours: nn.RNNBase, images: Tensor) -> list[tuple[str, float, float, str | None]]:
-    """Both layers with `theirs`' trained weights against the same layer in float64: outputs, and gradients for a fixed random cotangent.
-
-    pyops' numerics gate: relative L2 error at most 1.25 times torch's for outputs and 3 times for gradients, or one unit in the last place.
-    """
-    ours = copy.deepcopy(ours)
-    ours.load_state_dict(theirs.state_dict())
-    cotangent = torch.randn(len(images), 8, HIDDEN, generator=torch.Generator().manual_seed(0)).to(images.device)
-
-    def evaluate(layer: nn.RNNBase) -> list[tuple[str, Tensor]]:
-        weight = next(layer.parameters())
-        x = images.to(weight.dtype).requires_grad_()
-        output, _ = layer(x)
-        names, leaves = zip(("input", x), *layer.named_parameters(), strict=True)
-        grads = torch.autograd.grad(output, leaves, cotangent.to(weight.dtype))
-        return [("outputs", output), *((f"gradient of {name}", grad) for name, grad in zip(names, grads, strict=True))]
-
-    truth, eager, found = evaluate(copy.deepcopy(theirs).double()), evaluate(theirs), evaluate(ours)
-    checks = []
-    for (name, t), (_, e), (_, f) in zip(truth, eager, found, strict=True):
-        wrong = within_gate([(f, t, e)], torch.float32, gradient=name != "outputs")
-        checks.append((name, relative_error([(e, t)]), relative_error([(f, t)]), wrong))
-    return checks
+def evaluate(model: nn.Module, images: Tensor) -> Tensor:
+    """The model's scores in inference."""
+    training = model.training
+    with torch.no_grad():
+        scores = model.eval()(images)
+    model.train(training)
+    return scores
 
 
 def judge(result: Result) -> list[str]:
     """What is wrong, in words."""
-    found = [f"{name} of pyops' layer: {wrong}" for name, _, _, wrong in result.checks if wrong]
+    found = [f"{name} of pyops' {result.part}: {wrong}" for name, _, _, wrong in result.checks if wrong]
     for training in (result.torch, result.pyops):
         if training.accuracy < REQUIRED_ACCURACY:
             found.append(f"{training.name}: test accuracy {training.accuracy:.1%} is below {REQUIRED_ACCURACY:.0%}")
@@ -245,7 +245,8 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([weight.detach().flatten() for weight in model.parameters()])
 
 
-def _now(where: Tensor) -> float:
+def now(where: Tensor) -> float:
+    """Seconds, once the device of `where` has done its work."""
     if where.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,6 +1,9 @@
 """Drop-in modules: torch's own constructors, parameter names and errors, pyops' kernels."""
 
-from pyops.nn.conv import ConvBNAct, DropPath, MBConv, SqueezeExcitation
+from pyops.nn.conv import ConvBNAct, DropPath, SqueezeExcitation
+from pyops.nn.mbconv import FusedMBConv, MBConv
 from pyops.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
-__all__ = ["GRU", "LSTM", "RNN", "ConvBNAct", "DropPath", "GRUCell", "LSTMCell", "MBConv", "RNNCell", "SqueezeExcitation"]
+__all__ = [
+    "GRU", "LSTM", "RNN", "ConvBNAct", "DropPath", "FusedMBConv", "GRUCell", "LSTMCell", "MBConv", "RNNCell", "SqueezeExcitation",
+]  # fmt: skip

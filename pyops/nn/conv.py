@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyops import _backends, _library
+from pyops.nn import _training
 from pyops.nn._derived import Derived, is_plain
-from pyops.ops import _activations, _mbconv_ops  # noqa: F401  (registers the ops)
-from pyops.ops.depthwise_conv import depthwise_conv_bn_act, fold, run_folded
+from pyops.ops import _activations, _conv_call
+from pyops.ops._fused_ops import Squeeze
+from pyops.ops.depthwise_conv import fold, run_folded
+from pyops.ops.pointwise_conv import pointwise_conv
+from pyops.ops.squeeze_excite import squeeze_excite
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "hardswish": nn.Hardswish, "gelu": nn.GELU, "sigmoid": nn.Sigmoid,
@@ -38,10 +41,15 @@ class DropPath(nn.Module):
         self.p = p
 
     def forward(self, input: Tensor) -> Tensor:
+        keep = self.draw(input)
+        return input if keep is None else input * keep
+
+    def draw(self, input: Tensor) -> Tensor | None:
+        """A call's multipliers ``[N, 1, ...]``; None where it changes nothing."""
         if not self.training or self.p == 0.0:
-            return input
+            return None
         keep = input.new_empty((input.shape[0], *[1] * (input.dim() - 1))).bernoulli_(1.0 - self.p)
-        return input * (keep if self.p == 1.0 else keep / (1.0 - self.p))
+        return keep if self.p == 1.0 else keep / (1.0 - self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -50,9 +58,11 @@ class DropPath(nn.Module):
 class ConvBNAct(nn.Sequential):
     """Convolution, batch norm, activation: ``[N, C, H, W] -> [N, out_channels, OH, OW]``.
 
-    Parameter names are those of torchvision's Conv2dNormActivation (``0.weight``, ``1.weight``, ...). A depthwise convolution
-    (``groups == in_channels == out_channels``) runs on `pyops.depthwise_conv_bn_act`, any other on PyTorch's. In eval mode the running
+    Parameter names are those of torchvision's Conv2dNormActivation (``0.weight``, ``1.weight``, ...). Depthwise
+    (``groups == in_channels == out_channels``) and 1x1 convolutions run on pyops' kernels, others on PyTorch's, and batch norm with the
+    activation in one pass each way; what is saved for backward is the convolution's input and output. In eval mode the running
     statistics are folded into the filter once, and again when a parameter or buffer changes. ``padding=None`` keeps the size at stride 1.
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the processes of a group share their statistics, on CPUs too.
 
     Raises ValueError for an unknown activation, and torch.nn.Conv2d's errors.
     """
@@ -92,22 +102,42 @@ class ConvBNAct(nn.Sequential):
     def run(self, input: Tensor, means: bool = False) -> tuple[Tensor, Tensor | None]:
         """The block's output and, if asked for, its channel means ``[N, C]``."""
         conv: Any = self[0]
-        norm: Any = self[1]
-        depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.padding_mode == "zeros"
-        shape = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
         folded = self.folded() if can_fold(conv.weight, input) else None
-        if folded is not None and depthwise:
+        if folded is not None and _training.is_depthwise(conv):
+            shape = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
             return run_folded(input, *folded, **shape, activation=self.activation, means=means, backend=self.backend)
         if folded is not None:
-            weight, bias = (t.to(input.dtype) for t in folded)
-            output = F.conv2d(input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-            output = _activations.REFERENCE[self.activation](output, 0.01)
-        elif depthwise and is_plain(self, KINDS):
-            output = norm(depthwise_conv_bn_act(input, conv.weight, conv.bias, **shape, backend=self.backend))
-            output = _activations.REFERENCE[self.activation](output, 0.01)
+            output = self.run_dense(input, *folded)
+        elif self.can_train(input) and (kernels := _training.kernels_for(self.backend, input)) is not None:
+            (cast,) = _conv_call.autocast(input)
+            output = _training.finish(kernels, self.convolve(kernels, _training.Pending(cast)))
         else:
             output = super().forward(input)
         return output, output.mean((2, 3)) if means else None
+
+    def run_dense(self, input: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """``activation(conv(input * gate) + bias + residual)`` with a folded filter and bias: inference alone."""
+        conv: Any = self[0]
+        if _training.is_pointwise(conv):
+            with torch.no_grad():
+                epilogue = dict(gate=gate, residual=residual, activation=self.activation, backend=self.backend)
+                return pointwise_conv(input, weight, bias, **epilogue)
+        weight, bias = weight.to(input.dtype), bias.to(input.dtype)
+        if gate is not None:
+            input = input * gate.to(input.dtype)[:, :, None, None]
+        output = F.conv2d(input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return _activations.REFERENCE[self.activation](output if residual is None else output + residual, 0.01)
+
+    def can_train(self, input: Tensor) -> bool:
+        """Whether the kernels can stand for the layers with gradients: no layer of another kind or with hooks, a plain convolution."""
+        conv: Any = self[0]
+        plain = conv.padding_mode == "zeros" and conv.bias is None and not isinstance(conv.padding, str)
+        same = input.dtype == conv.weight.dtype or torch.is_autocast_enabled(input.device.type)
+        return plain and same and input.dim() == 4 and input.shape[1] == conv.in_channels and is_plain(self, KINDS)
+
+    def convolve(self, kernels, input: _training.Pending, gates: _training.Gates | None = None) -> _training.Pending:
+        """The convolution of `input`, with batch norm and activation pending."""
+        return _training.convolve(kernels, self[0], self[1], self.activation, input, gates)
 
     def folded(self) -> tuple[Tensor, Tensor] | None:
         """Filter and bias with the running statistics in them, in float32 (float64 for float64); None where they cannot be folded."""
@@ -121,7 +151,7 @@ class ConvBNAct(nn.Sequential):
         return fold(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
-KINDS = (ConvBNAct, nn.Conv2d, nn.BatchNorm2d, *ACTIVATIONS.values())
+KINDS = (ConvBNAct, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, *ACTIVATIONS.values())
 
 
 def can_fold(weight: Tensor, input: Tensor) -> bool:
@@ -146,114 +176,24 @@ class SqueezeExcitation(nn.Module):
         self.names = (activation, scale_activation)
 
     def forward(self, input: Tensor, means: Tensor | None = None) -> Tensor:
-        pooled = self.avgpool(input) if means is None else means.to(input.dtype)[:, :, None, None]
-        return input * self.scale_activation(self.fc2(self.activation(self.fc1(pooled))))
+        if not is_plain(self, SQUEEZE_KINDS) or input.dtype not in _conv_call.DTYPES or input.dim() != 4:
+            pooled = self.avgpool(input) if means is None else means.to(input.dtype)[:, :, None, None]
+            return input * self.scale_activation(self.fc2(self.activation(self.fc1(pooled))))
+        return squeeze_excite(input, *self.layers(), means=means, activation=self.names[0], gate_activation=self.names[1])
+
+    def layers(self) -> tuple[Tensor, ...]:
+        return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+
+    def gates(self) -> _training.Gates:
+        """For a 1x1 convolution that applies the gates itself."""
+        numbers = (_activations.NAMES.index(name) for name in self.names)
+        return _training.Gates(tuple(t.flatten(1).float() if t.dim() == 4 else t.float() for t in self.layers()), *numbers)
+
+    def gate_of(self, means: Tensor) -> Tensor:
+        """``[N, C]`` in means' dtype."""
+        layers = (t.flatten(1).to(means.dtype) if t.dim() == 4 else t.to(means.dtype) for t in self.layers())
+        gates = self.gates()
+        return Squeeze(*layers, gates.activation, gates.gate_activation).run(means)[2]
 
 
-class MBConv(nn.Module):
-    """An inverted-residual block: expand 1x1, depthwise, squeeze-excitation, project 1x1 (+ input): torchvision's names and results.
-
-    ``[N, in_channels, H, W] -> [N, out_channels, OH, OW]``. ``expand_ratio=1`` has no expansion; ``squeeze_channels=None`` takes
-    ``in_channels // 4`` (at least 1), 0 leaves squeeze-excitation out. The input is added where stride is 1 and channels agree, after
-    ``DropPath(drop_path)`` of the branch. In eval mode without gradients on a CPU the block is one kernel on weights that are folded and
-    packed once.
-
-    Source: Sandler et al., 2018 (MobileNetV2); Tan and Le, 2019 (EfficientNet). Raises ValueError for sizes that make no block.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        expand_ratio: int = 6,
-        squeeze_channels: int | None = None,
-        activation: str = "silu",
-        drop_path: float = 0.0,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        backend: str | None = None,
-    ):
-        super().__init__()
-        if kernel_size % 2 == 0 or kernel_size < 1:
-            raise ValueError(f"MBConv: kernel_size: expected an odd size, got {kernel_size}")
-        if stride < 1 or expand_ratio < 1:
-            raise ValueError(f"MBConv: stride, expand_ratio: expected 1 or more, got {stride} and {expand_ratio}")
-        expanded = in_channels * expand_ratio
-        squeezed = max(1, in_channels // 4) if squeeze_channels is None else squeeze_channels
-        norm: dict[str, Any] = dict(eps=eps, momentum=momentum, backend=backend)
-        layers: list[nn.Module] = []
-        if expand_ratio > 1:
-            layers.append(ConvBNAct(in_channels, expanded, 1, activation=activation, **norm))
-        layers.append(ConvBNAct(expanded, expanded, kernel_size, stride, groups=expanded, activation=activation, **norm))
-        if squeezed:
-            layers.append(SqueezeExcitation(expanded, squeezed, activation))
-        layers.append(ConvBNAct(expanded, out_channels, 1, activation=None, **norm))
-        self.block = nn.Sequential(*layers)
-        self.stochastic_depth = DropPath(drop_path)
-        self.use_res_connect = stride == 1 and in_channels == out_channels
-        self.expands = expand_ratio > 1
-        self.out_channels, self.backend = out_channels, backend
-        self._packed = Derived()
-
-    def train(self, mode: bool = True):
-        self._packed.clear()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
-        self._packed.clear()
-        return super()._apply(fn, recurse)
-
-    def forward(self, input: Tensor) -> Tensor:
-        first: Any = self.block[0]
-        if input.is_cpu and not torch.compiler.is_compiling() and can_fold(first[0].weight, input):
-            wish = _backends.requested(self.backend)
-            kernel = self._packed.get(self.block, self._pack, input.dtype) if wish in ("auto", "cpu") else None
-            if kernel is not None:
-                return self._infer(input, *kernel)
-        if not is_plain(self.block, PARTS):
-            output = self.block(input)
-        else:
-            expand, depthwise, squeeze, project = self._parts()
-            output, means = depthwise.run(input if expand is None else expand(input), means=squeeze is not None and not self.training)
-            output = project(output if squeeze is None else squeeze(output, means))
-        return self.stochastic_depth(output) + input if self.use_res_connect else output
-
-    def _parts(self) -> tuple[Any, Any, Any, Any]:
-        """(expand or None, depthwise, squeeze or None, project)"""
-        layers: list[Any] = list(self.block)
-        expand = layers.pop(0) if self.expands else None
-        return expand, layers[0], layers[1] if len(layers) == 3 else None, layers[-1]
-
-    def _pack(self) -> tuple[Tensor, tuple] | None:
-        """(packed weights, the op's other arguments), or None where the kernel cannot stand for the block."""
-        if not is_plain(self.block, PARTS) or _library.not_loaded_reason() is not None:
-            return None
-        expand, depthwise, squeeze, project = self._parts()
-        parts = [part for part in (expand, depthwise, project) if part is not None]
-        folded = [part.folded() for part in parts]
-        tensors = tuple(self.block.parameters())
-        dtype = tensors[0].dtype
-        if dtype == torch.float64 or any(pair is None for pair in folded) or any(t.dtype != dtype or not t.is_cpu for t in tensors):
-            return None
-        gates = (None, None, None, None)
-        if squeeze is not None:
-            gates = tuple(t.float() for layer in (squeeze.fc1, squeeze.fc2) for t in (layer.weight, layer.bias))
-        weights = (*((None, None) if expand is None else folded[0]), *folded[-2], *gates, *folded[-1])
-        packed = torch.ops.pyops.mbconv_pack.default(*weights, dtype == torch.bfloat16)
-        conv, names = depthwise[0], (depthwise.activation, *(("none", "none") if squeeze is None else squeeze.names))
-        return packed, (
-            conv.out_channels, 0 if squeeze is None else squeeze.fc1.out_channels, project[0].out_channels, conv.kernel_size[0],
-            conv.stride[0], *(_activations.NAMES.index(name) for name in names), expand is not None, self.use_res_connect,
-        )  # fmt: skip
-
-    def _infer(self, input: Tensor, packed: Tensor, options: tuple) -> Tensor:
-        first: Any = self.block[0]
-        if input.dim() != 4 or input.shape[1] != first[0].in_channels:
-            raise ValueError(f"MBConv: input: expected [N, {first[0].in_channels}, H, W], got shape {tuple(input.shape)}")
-        output = torch.ops.pyops.mbconv_infer.default(input, packed, *options)
-        return output if input.is_contiguous(memory_format=torch.channels_last) else output.contiguous()
-
-
-PARTS = (*KINDS, SqueezeExcitation, nn.Sequential, nn.AdaptiveAvgPool2d)
+SQUEEZE_KINDS = (SqueezeExcitation, nn.Conv2d, nn.AdaptiveAvgPool2d, *ACTIVATIONS.values())

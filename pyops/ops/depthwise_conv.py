@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyops import _backends, _library
-from pyops.ops import _activations, _depthwise_ops
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Nothing of ours has been measured on a GPU yet, so there PyTorch's ops come first.
-ORDER = {"cpu": ("cpu", "eager"), "cuda": ("eager", "cuda", "triton")}
+from pyops import _backends
+from pyops.ops import _activations, _conv_call, _depthwise_ops
+from pyops.ops.batch_norm_act import batch_norm_act
 
 
 def depthwise_conv_bn_act(
@@ -72,16 +67,19 @@ def depthwise_conv_bn_act(
     call = _prepare(op, input, weight, bias, stride, padding, dilation, residual, activation)
     statistics = dict(running_mean=running_mean, running_var=running_var, bn_weight=bn_weight, bn_bias=bn_bias)
     _check_statistics(op, statistics, weight, training)
-    input, weight, bias, residual = _autocast(input, weight, bias, residual)
+    input, weight, bias, residual = _conv_call.autocast(input, weight, bias, residual)
     facts = facts_of(input, weight, bias, residual, call, bn_weight, bn_bias)
-    name = _backends.select(op, _backends.requested(backend), _order(facts), lambda name: unsupported(facts, name))
-    if not torch.compiler.is_compiling():
-        _backends.log_choice(op, facts.device, name)
+    name = _conv_call.choose(op, backend, input)
     activation_and_slope = call.activation, float(negative_slope)
     normalise = running_mean is not None or training
-    if normalise and (training or name == "eager"):
+    if normalise and training:
         y, _ = _convolve(name, facts, call, input, weight, bias, None, 0, 0.0, False)
-        y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+        rest = dict(residual=residual, activation=activation, negative_slope=negative_slope, backend=name)
+        output = batch_norm_act(y, running_mean, running_var, bn_weight, bn_bias, True, momentum, eps, **rest)
+        means = _depthwise_ops.mean_of(output) if return_means else None
+    elif normalise and name == "eager":
+        y, _ = _convolve(name, facts, call, input, weight, bias, None, 0, 0.0, False)
+        y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, False, momentum, eps)
         output = _activations.apply(y if residual is None else y + residual, *activation_and_slope)
         means = _depthwise_ops.mean_of(output) if return_means else None
     else:
@@ -99,7 +97,7 @@ def run_folded(input, weight, bias, *, stride, padding, dilation, activation, me
     if input.dim() != 4 or input.shape[1] != weight.shape[0]:
         raise ValueError(f"{op}: input: expected [N, {weight.shape[0]}, H, W], got shape {tuple(input.shape)}")
     facts = facts_of(input, weight, bias, None, call)
-    name = _backends.select(op, _backends.requested(backend), _order(facts), lambda name: unsupported(facts, name))
+    name = _conv_call.choose(op, backend, input)
     output, found = _convolve(name, facts, call, input, weight, bias, None, call.activation, 0.01, means)
     return output, found if means else None
 
@@ -110,9 +108,7 @@ def _convolve(name, facts, call, input, weight, bias, residual, activation, slop
         return _depthwise_ops.reference(*args)
     function = torch.ops.pyops.depthwise_fwd if facts.needs_grad else torch.ops.pyops.depthwise_infer
     output, found = (function.triton if name == "triton" else function.default)(*args)
-    if not input.is_contiguous(memory_format=torch.channels_last):
-        output = output.contiguous()
-    return output, found
+    return _conv_call.in_layout_of(output, input), found
 
 
 def fold(weight: Tensor, bias, running_mean, running_var, bn_weight, bn_bias, eps: float) -> tuple[Tensor, Tensor]:
@@ -147,33 +143,6 @@ class Facts(NamedTuple):
         return f"{self.device}, {str(self.dtype)[6:]}, N={N}, C={C}, {H}x{W}, kernel {KH}x{KW}, stride {self.stride[0]}x{self.stride[1]}"
 
 
-def unsupported(facts: Facts, backend: str) -> str | None:
-    """None when `backend` can run a call with these facts, else why not."""
-    if backend == "eager":
-        return None
-    if backend == "vendor":
-        return 'PyTorch has no such op; "eager" calls its convolution and its activation'
-    if facts.dtype == torch.float64:
-        return f"float64 has no {backend} kernel"
-    if backend == "cpu":
-        return f"it needs CPU tensors, these are on {facts.device}" if facts.device != "cpu" else _library.not_loaded_reason()
-    if backend == "cuda":
-        if facts.device != "cuda":
-            return f"it needs CUDA tensors, these are on {facts.device}"
-        return (
-            None if _library.has_cuda_kernels() else _library.not_loaded_reason() or "pyops was built without CUDA kernels; see `pyops env`"
-        )
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if facts.device != "cuda" and not (facts.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"it needs CUDA tensors (or TRITON_INTERPRET=1), these are on {facts.device}"
-    return None
-
-
-def _order(facts: Facts) -> tuple[str, ...]:
-    return ORDER.get(facts.device, ("eager",))
-
-
 class Call(NamedTuple):
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -184,15 +153,6 @@ class Call(NamedTuple):
 def facts_of(input, weight, bias, residual, call: Call, *others: Tensor | None) -> Facts:
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, residual, *others))
     return Facts(input.device.type, input.dtype, tuple(input.shape), tuple(weight.shape[2:]), call.stride, needs_grad)
-
-
-def _autocast(*tensors):
-    """Under autocast every tensor in its dtype, float64 excepted, as torch casts the arguments of its own convolutions."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 # ------------------------------------------------------------------------------------------------------------------ checking
@@ -226,7 +186,7 @@ def _prepare(op, input, weight, bias, stride, padding, dilation, residual, activ
             raise TypeError(f"{op}: {name}: expected a Tensor{' or None' if optional else ''}, got {type(t).__name__}")
     if input.dim() != 4:
         raise ValueError(f"{op}: input: expected [N, C, H, W], got shape {tuple(input.shape)}")
-    if input.dtype not in DTYPES:
+    if input.dtype not in _conv_call.DTYPES:
         raise ValueError(f"{op}: input: expected float32, bfloat16, float16 or float64, got {input.dtype}")
     C = input.shape[1]
     if weight.dim() != 4 or weight.shape[0] != C or weight.shape[1] != 1 or 0 in weight.shape[2:]:
@@ -272,9 +232,7 @@ def _check_statistics(op: str, tensors: dict[str, Tensor | None], weight: Tensor
 def _explain(input, weight, bias=None, *_, stride=1, padding=0, dilation=1, residual=None, activation="none", backend=None, **__):
     call = _prepare("explain", input, weight, bias, stride, padding, dilation, residual, activation)
     facts = facts_of(input, weight, bias, residual, call)
-    return _backends.build_explanation(
-        "depthwise_conv_bn_act", str(facts), _backends.requested(backend), _order(facts), lambda name: unsupported(facts, name)
-    )
+    return _conv_call.explain("depthwise_conv_bn_act", str(facts), backend, input)
 
 
 _backends.EXPLAINERS["depthwise_conv_bn_act"] = _explain

@@ -1,0 +1,96 @@
+"""Convolution, batch norm and activation in training: each convolution's output is kept as it is, and whoever reads it applies the rest.
+
+A chain of `convolve` saves the convolutions' outputs and nothing else; `finish` ends it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyops.ops import _activations, _conv_call, _groups
+from pyops.ops._fused_ops import Kernels
+from pyops.ops.batch_norm_act import constant_statistics, statistics_of
+
+
+class Pending(NamedTuple):
+    """An image that is still to be normalised and activated."""
+
+    image: Tensor
+    norm: Tensor | None = None  # _fused_ops' norm
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    activation: int = 0
+    group: str = ""
+
+
+class Gates(NamedTuple):
+    """Squeeze-excitation on the way into a 1x1 convolution, as `pointwise_train_fwd` takes it."""
+
+    layers: tuple[Tensor | None, ...] = (None, None, None, None)
+    activation: int = 0
+    gate_activation: int = 0
+
+
+def kernels_for(backend: str | None, input: Tensor) -> Kernels | None:
+    """The kernels that a training step on `input` runs on; None: PyTorch's own layers."""
+    name = _conv_call.choose("ConvBNAct", backend, input)
+    return None if name == "eager" else Kernels(_conv_call.overload(name))
+
+
+def is_pointwise(conv: nn.Conv2d) -> bool:
+    plain = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0)
+    return plain and conv.groups == 1
+
+
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    return conv.groups == conv.in_channels == conv.out_channels
+
+
+def convolve(k: Kernels, conv: Any, norm: Any, activation: str, input: Pending, gates: Gates | None = None) -> Pending:
+    """conv of the finished `input`, with its own batch norm and activation pending."""
+    image, *before = input
+    statistics, weight, bias, number, group = before
+    filter = conv.weight.to(image.dtype)
+    if is_pointwise(conv):
+        gates = gates or Gates()
+        place = (statistics, weight, bias, *gates.layers, number, 0.01, gates.activation, gates.gate_activation, group)
+        output, moments, _ = k.pointwise_train_fwd(image, filter.flatten(1), *place)
+    elif is_depthwise(conv):
+        shape = list(conv.stride), list(conv.padding), list(conv.dilation)
+        output, moments = k.depthwise_train_fwd(image, filter, statistics, weight, bias, *shape, number, 0.01, group)
+    else:
+        output = F.conv2d(finish(k, input), filter, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+        moments = k.channel_moments(output.detach())
+    own = _group(norm)
+    return Pending(output, _statistics(norm, moments, output, own), norm.weight, norm.bias, _activations.NAMES.index(activation), own)
+
+
+def finish(k: Kernels, pending: Pending, keep: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """``activation(batch_norm(image) * keep + residual)``"""
+    image, norm, weight, bias, activation, group = pending
+    if norm is None:
+        return image
+    return k.batch_norm_act_fwd(image, norm, weight, bias, keep, residual, activation, 0.01, group)
+
+
+def _group(norm: nn.Module) -> str:
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training or not torch.distributed.is_initialized():
+        return ""
+    return _groups.name_of(norm.process_group or torch.distributed.group.WORLD)
+
+
+def _statistics(norm: Any, moments: Tensor, output: Tensor, group: str) -> Tensor:
+    """Batch statistics of `output` in training, with the running ones moved as torch's BatchNorm2d moves them; else those."""
+    if not norm.training and norm.running_mean is not None:
+        return constant_statistics(norm.running_mean, norm.running_var, norm.eps)
+    factor = norm.momentum
+    tracks = norm.training and norm.track_running_stats
+    if tracks and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        factor = 1.0 / norm.num_batches_tracked if factor is None else factor
+    running = (norm.running_mean, norm.running_var) if tracks else (None, None)
+    return statistics_of(moments, output.numel() // output.shape[1], norm.eps, group, running, factor)

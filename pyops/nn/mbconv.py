@@ -1,0 +1,209 @@
+"""Inverted-residual blocks: torchvision's structure, parameter names and results, pyops' kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyops import _backends, _library
+from pyops.nn import _training
+from pyops.nn._derived import Derived, is_plain
+from pyops.nn.conv import KINDS, ConvBNAct, DropPath, SqueezeExcitation, can_fold
+from pyops.ops import _activations, _conv_call, _mbconv_ops  # noqa: F401  (registers the ops)
+
+PARTS = (*KINDS, SqueezeExcitation, nn.Sequential, nn.AdaptiveAvgPool2d)
+
+
+def finish_block(block: MBConv | FusedMBConv, kernels, pending: _training.Pending, input: Tensor) -> Tensor:
+    """Batch norm, drop path and residual of a block's last convolution, in one pass."""
+    if not block.use_res_connect:
+        return _training.finish(kernels, pending)
+    keep = block.stochastic_depth.draw(input)
+    keep = None if keep is None else keep.flatten().float()
+    if input.dtype != pending.image.dtype:  # autocast: torch's sum of the two takes the wider dtype
+        return _training.finish(kernels, pending, keep) + input
+    return _training.finish(kernels, pending, keep, input)
+
+
+def check_sizes(op: str, kernel_size: int, stride: int, expand_ratio: int) -> None:
+    if kernel_size % 2 == 0 or kernel_size < 1:
+        raise ValueError(f"{op}: kernel_size: expected an odd size, got {kernel_size}")
+    if stride < 1 or expand_ratio < 1:
+        raise ValueError(f"{op}: stride, expand_ratio: expected 1 or more, got {stride} and {expand_ratio}")
+
+
+class MBConv(nn.Module):
+    """An inverted-residual block: expand 1x1, depthwise, squeeze-excitation, project 1x1 (+ input): torchvision's names and results.
+
+    ``[N, in_channels, H, W] -> [N, out_channels, OH, OW]``. ``expand_ratio=1`` has no expansion; ``squeeze_channels=None`` takes
+    ``in_channels // 4`` (at least 1), 0 leaves squeeze-excitation out. The input is added where stride is 1 and channels agree, after
+    ``DropPath(drop_path)`` of the branch. In eval mode without gradients on a CPU the block is one kernel on weights that are folded and
+    packed once; in training the convolutions' outputs are all that is saved.
+
+    Source: Sandler et al., 2018 (MobileNetV2); Tan and Le, 2019 (EfficientNet). Raises ValueError for sizes that make no block.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        expand_ratio: int = 6,
+        squeeze_channels: int | None = None,
+        activation: str = "silu",
+        drop_path: float = 0.0,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        check_sizes("MBConv", kernel_size, stride, expand_ratio)
+        expanded = in_channels * expand_ratio
+        squeezed = max(1, in_channels // 4) if squeeze_channels is None else squeeze_channels
+        norm: dict[str, Any] = dict(eps=eps, momentum=momentum, backend=backend)
+        layers: list[nn.Module] = []
+        if expand_ratio > 1:
+            layers.append(ConvBNAct(in_channels, expanded, 1, activation=activation, **norm))
+        layers.append(ConvBNAct(expanded, expanded, kernel_size, stride, groups=expanded, activation=activation, **norm))
+        if squeezed:
+            layers.append(SqueezeExcitation(expanded, squeezed, activation))
+        layers.append(ConvBNAct(expanded, out_channels, 1, activation=None, **norm))
+        self.block = nn.Sequential(*layers)
+        self.stochastic_depth = DropPath(drop_path)
+        self.use_res_connect = stride == 1 and in_channels == out_channels
+        self.expands = expand_ratio > 1
+        self.out_channels, self.backend = out_channels, backend
+        self._packed = Derived()
+
+    def train(self, mode: bool = True):
+        self._packed.clear()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self._packed.clear()
+        return super()._apply(fn, recurse)
+
+    def forward(self, input: Tensor) -> Tensor:
+        first: Any = self.block[0]
+        if input.is_cpu and not torch.compiler.is_compiling() and can_fold(first[0].weight, input):
+            wish = _backends.requested(self.backend)
+            kernel = self._packed.get(self.block, self._pack, input.dtype) if wish in ("auto", "cpu") else None
+            if kernel is not None:
+                return self._infer(input, *kernel)
+        if is_plain(self.block, PARTS):
+            parts = [part for part in self.block if isinstance(part, ConvBNAct)]
+            folded = parts[-1].folded() if can_fold(first[0].weight, input) else None
+            if folded is not None:
+                return self._run_folded(input, folded)
+            if parts[0].can_train(input) and all(part[0].bias is None for part in parts):
+                kernels = _training.kernels_for(self.backend, input)
+                if kernels is not None:
+                    return self._train(kernels, input)
+        output = self.block(input)
+        return self.stochastic_depth(output) + input if self.use_res_connect else output
+
+    def _run_folded(self, input: Tensor, folded: tuple[Tensor, Tensor]) -> Tensor:
+        """Inference, a kernel a convolution: the last takes the gates on its way in and adds the residual on its way out."""
+        expand, depthwise, squeeze, project = self._parts()
+        output, means = depthwise.run(input if expand is None else expand(input), means=squeeze is not None)
+        gate = None if squeeze is None else squeeze.gate_of(means)
+        return project.run_dense(output, *folded, gate, input if self.use_res_connect else None)
+
+    def _train(self, kernels, input: Tensor) -> Tensor:
+        expand, depthwise, squeeze, project = self._parts()
+        (cast,) = _conv_call.autocast(input)
+        pending = _training.Pending(cast)
+        if expand is not None:
+            pending = expand.convolve(kernels, pending)
+        pending = depthwise.convolve(kernels, pending)
+        pending = project.convolve(kernels, pending, None if squeeze is None else squeeze.gates())
+        return finish_block(self, kernels, pending, input)
+
+    def _parts(self) -> tuple[Any, Any, Any, Any]:
+        """(expand or None, depthwise, squeeze or None, project)"""
+        layers: list[Any] = list(self.block)
+        expand = layers.pop(0) if self.expands else None
+        return expand, layers[0], layers[1] if len(layers) == 3 else None, layers[-1]
+
+    def _pack(self) -> tuple[Tensor, tuple] | None:
+        """(packed weights, the op's other arguments), or None where the kernel cannot stand for the block."""
+        if not is_plain(self.block, PARTS) or _library.not_loaded_reason() is not None:
+            return None
+        expand, depthwise, squeeze, project = self._parts()
+        parts = [part for part in (expand, depthwise, project) if part is not None]
+        folded = [part.folded() for part in parts]
+        tensors = tuple(self.block.parameters())
+        dtype = tensors[0].dtype
+        if dtype == torch.float64 or any(pair is None for pair in folded) or any(t.dtype != dtype or not t.is_cpu for t in tensors):
+            return None
+        gates = (None, None, None, None)
+        if squeeze is not None:
+            gates = tuple(t.float() for layer in (squeeze.fc1, squeeze.fc2) for t in (layer.weight, layer.bias))
+        weights = (*((None, None) if expand is None else folded[0]), *folded[-2], *gates, *folded[-1])
+        packed = torch.ops.pyops.mbconv_pack.default(*weights, dtype == torch.bfloat16)
+        conv, names = depthwise[0], (depthwise.activation, *(("none", "none") if squeeze is None else squeeze.names))
+        return packed, (
+            conv.out_channels, 0 if squeeze is None else squeeze.fc1.out_channels, project[0].out_channels, conv.kernel_size[0],
+            conv.stride[0], *(_activations.NAMES.index(name) for name in names), expand is not None, self.use_res_connect,
+        )  # fmt: skip
+
+    def _infer(self, input: Tensor, packed: Tensor, options: tuple) -> Tensor:
+        first: Any = self.block[0]
+        if input.dim() != 4 or input.shape[1] != first[0].in_channels:
+            raise ValueError(f"MBConv: input: expected [N, {first[0].in_channels}, H, W], got shape {tuple(input.shape)}")
+        output = torch.ops.pyops.mbconv_infer.default(input, packed, *options)
+        return output if input.is_contiguous(memory_format=torch.channels_last) else output.contiguous()
+
+
+class FusedMBConv(nn.Module):
+    """EfficientNet-v2's block: one full convolution for expansion and depthwise, project 1x1 (+ input): torchvision's names and results.
+
+    ``[N, in_channels, H, W] -> [N, out_channels, OH, OW]``. ``expand_ratio=1`` is that convolution alone, to out_channels. The input is
+    added where stride is 1 and channels agree, after ``DropPath(drop_path)`` of the branch.
+
+    Source: Gupta and Akin, 2020; Tan and Le, 2021 (EfficientNetV2). Raises ValueError for sizes that make no block.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        expand_ratio: int = 4,
+        activation: str = "silu",
+        drop_path: float = 0.0,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        check_sizes("FusedMBConv", kernel_size, stride, expand_ratio)
+        norm: dict[str, Any] = dict(eps=eps, momentum=momentum, backend=backend)
+        middle = in_channels * expand_ratio if expand_ratio > 1 else out_channels
+        layers = [ConvBNAct(in_channels, middle, kernel_size, stride, activation=activation, **norm)]
+        if expand_ratio > 1:
+            layers.append(ConvBNAct(middle, out_channels, 1, activation=None, **norm))
+        self.block = nn.Sequential(*layers)
+        self.stochastic_depth = DropPath(drop_path)
+        self.use_res_connect = stride == 1 and in_channels == out_channels
+        self.out_channels, self.backend = out_channels, backend
+
+    def forward(self, input: Tensor) -> Tensor:
+        first: Any = self.block[0]
+        last: Any = self.block[-1]
+        if is_plain(self.block, PARTS) and last.activation == "none":
+            folded = last.folded() if can_fold(first[0].weight, input) else None
+            if folded is not None:
+                return last.run_dense(first(input), *folded, residual=input if self.use_res_connect else None)
+            if first.can_train(input) and last[0].bias is None:
+                kernels = _training.kernels_for(self.backend, input)
+                if kernels is not None:
+                    (cast,) = _conv_call.autocast(input)
+                    pending = last.convolve(kernels, first.convolve(kernels, _training.Pending(cast)))
+                    return finish_block(self, kernels, pending, input)
+        output = self.block(input)
+        return self.stochastic_depth(output) + input if self.use_res_connect else output

@@ -1,0 +1,102 @@
+"""What the convolution family's public functions share: which backends exist for a call, autocast, checks of tensors and numbers."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from pyops import _backends, _library
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Nothing of ours has been measured on a GPU yet, so there PyTorch's ops come first.
+ORDER = {"cpu": ("cpu", "eager"), "cuda": ("eager", "cuda", "triton")}
+
+
+def order(device: str) -> tuple[str, ...]:
+    return ORDER.get(device, ("eager",))
+
+
+def unsupported(device: str, dtype: torch.dtype, backend: str) -> str | None:
+    """None when `backend` can run a call on such tensors, else why not."""
+    if backend == "eager":
+        return None
+    if backend == "vendor":
+        return 'PyTorch has no such op; "eager" calls the ops that it is made of'
+    if dtype == torch.float64:
+        return f"float64 has no {backend} kernel"
+    if backend == "cpu":
+        return f"it needs CPU tensors, these are on {device}" if device != "cpu" else _library.not_loaded_reason()
+    if backend == "cuda":
+        if device != "cuda":
+            return f"it needs CUDA tensors, these are on {device}"
+        return (
+            None if _library.has_cuda_kernels() else _library.not_loaded_reason() or "pyops was built without CUDA kernels; see `pyops env`"
+        )
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"it needs CUDA tensors (or TRITON_INTERPRET=1), these are on {device}"
+    return None
+
+
+def choose(op: str, backend: str | None, like: Tensor) -> str:
+    """The backend that runs a call on tensors such as `like`."""
+    device = like.device.type
+    name = _backends.select(op, _backends.requested(backend), order(device), lambda name: unsupported(device, like.dtype, name))
+    if not torch.compiler.is_compiling():
+        _backends.log_choice(op, device, name)
+    return name
+
+
+def explain(op: str, facts: str, backend: str | None, like: Tensor) -> _backends.Explanation:
+    device = like.device.type
+    reasons = lambda name: unsupported(device, like.dtype, name)  # noqa: E731
+    return _backends.build_explanation(op, facts, _backends.requested(backend), order(device), reasons)
+
+
+def overload(backend: str) -> str:
+    return "triton" if backend == "triton" else "default"
+
+
+def autocast(*tensors):
+    """Under autocast every tensor in its dtype, float64 excepted, as torch casts the arguments of its own convolutions."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def check_tensor(op: str, name: str, t, like: Tensor | None = None, shape: tuple[int, ...] | None = None, *, optional: bool = True) -> None:
+    """Raises TypeError or ValueError unless `t` is a floating tensor on `like`'s device and of `shape`, or None where it may be."""
+    if t is None and optional:
+        return
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name}: expected a Tensor{' or None' if optional else ''}, got {type(t).__name__}")
+    if not t.is_floating_point():
+        raise ValueError(f"{op}: {name}: expected a floating tensor, got {t.dtype}")
+    if shape is not None and tuple(t.shape) != shape:
+        raise ValueError(f"{op}: {name}: expected shape {shape}, got {tuple(t.shape)}")
+    if like is not None and t.device != like.device:
+        raise ValueError(f"{op}: {name}: expected input's device {like.device}, got {t.device}")
+
+
+def check_input(op: str, input) -> None:
+    check_tensor(op, "input", input, optional=False)
+    if input.dim() != 4:
+        raise ValueError(f"{op}: input: expected [N, C, H, W], got shape {tuple(input.shape)}")
+    if input.dtype not in DTYPES:
+        raise ValueError(f"{op}: input: expected float32, bfloat16, float16 or float64, got {input.dtype}")
+
+
+def as_vector(t: Tensor | None, like: Tensor) -> Tensor | None:
+    """`t` in the dtype of the vectors that go with images like `like`."""
+    return None if t is None else t.to(torch.promote_types(like.dtype, torch.float32))
+
+
+def in_layout_of(output: Tensor, input: Tensor) -> Tensor:
+    """A kernel's channels_last output in the layout that the input had."""
+    return output if input.is_contiguous(memory_format=torch.channels_last) else output.contiguous()

@@ -1,0 +1,358 @@
+"""Differentiable torch ops for training convolutional blocks, composed of `_channel_ops`, `_depthwise_ops` and `_pointwise_ops`.
+
+Batch norm and the activation live in the op that reads the convolution's output, so that output is all that is saved; backward
+recomputes the rest and forms the convolution's incoming gradient, batch statistics' share included, in two passes.
+
+    pyops::batch_norm_act_fwd   activation(batch_norm(input) * keep + residual)
+    pyops::depthwise_train_fwd  depthwise convolution of activation(batch_norm(input)), and the moments of its result
+    pyops::pointwise_train_fwd  1x1 convolution of activation(batch_norm(input)) * gate, where squeeze-excitation computes the gate from
+                                the channel means of activation(batch_norm(input)); and the moments of its result
+
+`norm` is ``[3, C]``: mean, 1/std and 1/count of the values they were computed from, or 0 for constants (running statistics);
+None leaves batch norm out. A gradient that flows back through batch statistics is part of the input's, so `norm` and moments carry
+none themselves. `group` names a process group of `_groups` whose processes share the statistics, or is "".
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyops import _library
+from pyops.ops import _activations, _channel_ops, _depthwise_ops, _groups, _pointwise_ops  # noqa: F401  (registers the ops they use)
+from pyops.ops._pointwise_ops import image_of, rows_of
+
+
+class Kernels:
+    """The ops of one overload."""
+
+    def __init__(self, overload: str):
+        self.overload = overload
+
+    def __getattr__(self, name: str):
+        op = getattr(getattr(torch.ops.pyops, name), self.overload)
+        setattr(self, name, op)  # looked up once
+        return op
+
+
+class Norm(NamedTuple):
+    """Batch norm as the kernels take it."""
+
+    statistics: Tensor  # [3, C]
+    affine: Tensor  # [3, C]: mean, scale, bias
+    group: str
+
+    @staticmethod
+    def of(norm: Tensor | None, weight: Tensor | None, bias: Tensor | None, group: str) -> Norm | None:
+        if norm is None:
+            return None
+        mean, scale, _ = norm
+        scale = scale if weight is None else scale * weight
+        return Norm(norm, torch.stack([mean, scale, torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)]), group)
+
+    def terms(self, sums: Tensor) -> Tensor:
+        """What the batch statistics' share takes from the input's gradient: `channel_grad`'s terms."""
+        _, rstd, inverse_count = self.statistics
+        if self.group:
+            sums = _groups.summed(sums, self.group)
+        first = sums * (self.affine[1] * inverse_count)
+        return torch.stack([first[0], first[1] * rstd.square()])
+
+    def parameter_gradients(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        return sums[1] * self.statistics[1], sums[0].clone()
+
+
+def _nothing(like: Tensor, count: int) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) for _ in range(count))
+
+
+def _affine(norm: Norm | None) -> Tensor | None:
+    return None if norm is None else norm.affine
+
+
+def _backward_of_input(k, grad, input, norm: Norm | None, gate, offset, activation, slope):
+    """(the input's gradient, written over `grad`; weight's; bias's) for the gradient of what `channel_apply` made of input."""
+    if norm is None:
+        if activation or gate is not None or offset is not None:
+            k.channel_grad_(grad, input, None, None, None, None, gate, offset, activation, slope)
+        return grad, *_nothing(input, 2)
+    sums = k.channel_reduce(grad, input, norm.affine, None, None, gate, offset, activation, slope)
+    k.channel_grad_(grad, input, norm.affine, norm.terms(sums), None, None, gate, offset, activation, slope)
+    return grad, *norm.parameter_gradients(sums)
+
+
+# ---------------------------------------------------------------------------------------------------------- batch norm + activation
+
+
+def _batch_norm_act(k, input, norm, weight, bias, keep, residual, activation, slope, group):
+    affine = Norm.of(norm, weight, bias, group).affine
+    return k.channel_apply(input, affine, keep, residual, None, None, activation, slope)
+
+
+def _batch_norm_act_backward(k, grad, input, norm, weight, bias, keep, residual, activation, slope, group, needs_residual):
+    norm = Norm.of(norm, weight, bias, group)
+    sums = k.channel_reduce(grad, input, norm.affine, keep, residual, None, None, activation, slope)
+    rest = (keep, residual, None, None, activation, slope, needs_residual and activation != 0)
+    grad_input, grad_residual = k.channel_grad(grad, input, norm.affine, norm.terms(sums), *rest)
+    return grad_input, *norm.parameter_gradients(sums), grad_residual
+
+
+# ------------------------------------------------------------------------------------------------------------ depthwise convolution
+
+
+def _depthwise(k, input, weight, norm, bn_weight, bn_bias, stride, padding, dilation, activation, slope, group):
+    norm = Norm.of(norm, bn_weight, bn_bias, group)
+    a = _activated(k, input, norm, None, activation, slope)
+    output, _ = k.depthwise_infer(a, weight, None, None, stride, padding, dilation, 0, 0.0, False)
+    return output, k.channel_moments(output)
+
+
+def _activated(k, input, norm: Norm | None, gate, activation, slope) -> Tensor:
+    if norm is None and gate is None and activation == 0:
+        return input
+    return k.channel_apply(input, _affine(norm), None, None, gate, None, activation, slope)
+
+
+def _depthwise_backward(k, grad, input, weight, norm, bn_weight, bn_bias, stride, padding, dilation, activation, slope, group):
+    norm = Norm.of(norm, bn_weight, bn_bias, group)
+    a = _activated(k, input, norm, None, activation, slope)
+    found = k.depthwise_bwd(grad, None, a, weight, None, None, stride, padding, dilation, 0, 0.0, True, True)
+    del a
+    grad_input, *grads = _backward_of_input(k, found[0], input, norm, None, None, activation, slope)
+    return grad_input, found[1], *grads
+
+
+# ----------------------------------------------------------------------------------- 1x1 convolution, perhaps after squeeze-excitation
+
+
+class Squeeze(NamedTuple):
+    """Squeeze-excitation's two layers in the vectors' dtype."""
+
+    fc1: Tensor  # [S, C]
+    bias1: Tensor
+    fc2: Tensor  # [C, S]
+    bias2: Tensor
+    activation: int
+    gate_activation: int
+
+    def run(self, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(before the first activation, before the second, gate)"""
+        first = F.linear(means, self.fc1, self.bias1)
+        second = F.linear(_activations.apply(first, self.activation, 0.0), self.fc2, self.bias2)
+        return first, second, _activations.apply(second, self.gate_activation, 0.0)
+
+    def backward(self, grad_gate: Tensor, means: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of (means, fc1, bias1, fc2, bias2)."""
+        first, second, _ = self.run(means)
+        hidden = _activations.apply(first, self.activation, 0.0)
+        grad_second = _activations.apply_backward(grad_gate, second, self.gate_activation, 0.0)
+        grad_first = _activations.apply_backward(grad_second @ self.fc2, first, self.activation, 0.0)
+        return (
+            grad_first @ self.fc1, grad_first.t() @ means, grad_first.sum(0), grad_second.t() @ hidden, grad_second.sum(0)
+        )  # fmt: skip
+
+
+def positions(image: Tensor) -> int:
+    return max(1, image.shape[2] * image.shape[3])
+
+
+def _pointwise(
+    k, input, weight, norm, bn_weight, bn_bias, fc1, bias1, fc2, bias2, activation, slope, squeeze_activation, gate_activation, group
+):  # fmt: skip
+    norm = Norm.of(norm, bn_weight, bn_bias, group)
+    gate, means = None, input.new_empty(0, dtype=_channel_ops.vector_dtype(input.dtype))
+    if fc1 is not None:
+        means = k.channel_sums(input, None, _affine(norm), None, None, activation, slope) / positions(input)
+        gate = Squeeze(fc1, bias1, fc2, bias2, squeeze_activation, gate_activation).run(means)[2]
+    run = k.pointwise_run(input, weight, None, _affine(norm), gate, activation, slope, None, None, None, 0, 0.0, True)
+    return *run, means
+
+
+def _pointwise_backward(
+    k, grad, input, weight, norm, bn_weight, bn_bias, fc1, bias1, fc2, bias2, means, activation, slope, squeeze_activation,
+    gate_activation, group, needs_input,
+):  # fmt: skip
+    norm = Norm.of(norm, bn_weight, bn_bias, group)
+    squeeze = None if fc1 is None else Squeeze(fc1, bias1, fc2, bias2, squeeze_activation, gate_activation)
+    gate = None if squeeze is None else squeeze.run(means)[2]
+    rows = rows_of(grad)
+    a = _activated(k, input, norm, gate, activation, slope)
+    grad_weight = rows.t() @ rows_of(a)
+    del a
+    if not needs_input:  # the first layer of a network
+        return input.new_empty(0), grad_weight, *_nothing(input, 6)
+    da = image_of(rows @ weight.to(rows.dtype), *grad.shape[:1], *grad.shape[2:])
+    offset, layers = None, _nothing(input, 4)
+    if squeeze is not None:
+        grad_gate = k.channel_sums(input, da, _affine(norm), None, None, activation, slope)
+        offset, *layers = squeeze.backward(grad_gate, means)
+        offset = offset / positions(input)
+    grad_input, *grads = _backward_of_input(k, da, input, norm, gate, offset, activation, slope)
+    return grad_input, grad_weight, *grads, *layers
+
+
+# ------------------------------------------------------------------------------------------------------------------- registration
+
+
+def image_like(t: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape or t.shape, dtype=t.dtype, device=t.device, memory_format=torch.channels_last)
+
+
+def vector(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=_channel_ops.vector_dtype(like.dtype))
+
+
+def _norm_vectors(input: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor]:
+    if norm is None:
+        return input.new_empty(0), input.new_empty(0)
+    return vector(input, input.shape[1]), vector(input, input.shape[1])
+
+
+def _fake_batch_norm_act_backward(grad, input, *options):
+    with_residual = options[-1] and options[5] != 0
+    C = input.shape[1]
+    return image_like(input), vector(input, C), vector(input, C), image_like(input) if with_residual else input.new_empty(0)
+
+
+def _fake_depthwise(input, weight, norm, bn_weight, bn_bias, stride, padding, dilation, *_):
+    size = _depthwise_ops.output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return image_like(input, *input.shape[:2], *size), vector(input, 2, input.shape[1])
+
+
+def _fake_depthwise_backward(grad, input, weight, norm, *_):
+    return image_like(input), torch.empty_like(weight, memory_format=torch.contiguous_format), *_norm_vectors(input, norm)
+
+
+def _fake_pointwise(input, weight, norm, bn_weight, bn_bias, fc1, *_):
+    N, C, H, W = input.shape
+    O = weight.shape[0]
+    return image_like(input, N, O, H, W), vector(input, 2, O), vector(input, *((0,) if fc1 is None else (N, C)))
+
+
+def _fake_pointwise_backward(grad, input, weight, norm, bn_weight, bn_bias, fc1, bias1, fc2, bias2, *options):
+    if not options[-1]:
+        return input.new_empty(0), torch.empty_like(weight), *_nothing(input, 6)
+    layers = _nothing(input, 4) if fc1 is None else tuple(torch.empty_like(t) for t in (fc1, bias1, fc2, bias2))
+    return image_like(input), torch.empty_like(weight), *_norm_vectors(input, norm), *layers
+
+
+def refuse_second_order() -> None:
+    if torch.is_grad_enabled():
+        raise NotImplementedError('gradients of gradients: this kernel has none; ask for backend="eager" (create_graph=True needs it)')
+
+
+def wanted(ctx, grads) -> list:
+    """Each gradient where it is asked for and exists."""
+    return [g if need and g.numel() else None for need, g in zip(ctx.needs_input_grad, grads, strict=False)]
+
+
+def _composed(function, k: Kernels):
+    """`function` on some kernels; the dtypes within are its own business, whatever autocast says outside."""
+
+    def call(*args):
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return function(k, *args)
+        with torch.autocast(device, enabled=False):
+            return function(k, *args)
+
+    return call
+
+
+def define(name: str, schema: str, results: str, fake, forward, setup_context, autograd, backward: tuple) -> None:
+    """A differentiable op and its backward op, for both overloads."""
+    backward_schema, fake_backward, run_backward = backward
+    for overload in ("default", "triton"):
+        k = Kernels(overload)
+        compose, compose_backward = _composed(forward, k), _composed(run_backward, k)
+        plain = overload == "default"
+        overloads = ("" if plain else overload,)
+        _library.define(
+            f"{name}_bwd", backward_schema, fake=fake_backward, reference=compose_backward if plain else None, overloads=overloads
+        )
+        op = getattr(getattr(torch.ops.pyops, f"{name}_bwd"), overload)
+        _library.define(
+            f"{name}_fwd",
+            f"{schema} -> {results}",
+            fake=fake,
+            reference=compose if plain else None,
+            setup_context=setup_context,
+            backward=lambda ctx, *grads, op=op: autograd(ctx, op, *grads),
+            overloads=overloads,
+        )
+        if not plain:
+            _library.implement(f"{name}_fwd.triton", compose, "CUDA", "CPU")  # on the CPU under TRITON_INTERPRET=1
+            _library.implement(f"{name}_bwd.triton", compose_backward, "CUDA", "CPU")
+
+
+def _save(tensors: int):
+    def setup_context(ctx, inputs, output):
+        ctx.options = inputs[tensors:]
+        ctx.save_for_backward(*inputs[:tensors])
+
+    return setup_context
+
+
+def _autograd_batch_norm_act(ctx, op, grad):
+    refuse_second_order()
+    found = list(op(grad, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[5]))
+    if ctx.needs_input_grad[5] and ctx.options[0] == 0:  # without an activation the residual's gradient is the incoming one
+        found[3] = grad
+    grad_input, grad_weight, grad_bias, grad_residual = found
+    weight, bias = ctx.saved_tensors[2:4]
+    grads = (
+        grad_input, None,
+        None if weight is None else grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype),
+        None, grad_residual if ctx.needs_input_grad[5] else None,
+    )  # fmt: skip
+    return *grads, None, None, None
+
+
+def _autograd_depthwise(ctx, op, grad, _):
+    refuse_second_order()
+    grad_input, grad_weight, grad_scale, grad_bias = op(grad, *ctx.saved_tensors, *ctx.options)
+    return *wanted(ctx, (grad_input, grad_weight, grad_input.new_empty(0), grad_scale, grad_bias)), *[None] * 6
+
+
+def _setup_pointwise(ctx, inputs, output):
+    ctx.options = inputs[9:]
+    ctx.save_for_backward(*inputs[:9], output[2])
+
+
+def _autograd_pointwise(ctx, op, grad, *_):
+    refuse_second_order()
+    first = op(grad, *ctx.saved_tensors, *ctx.options, any(ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6, 7, 8)))
+    return *wanted(ctx, (*first[:2], grad.new_empty(0), *first[2:])), *[None] * 5
+
+
+_NORM = "Tensor? norm, Tensor? bn_weight, Tensor? bn_bias"
+_TAIL = "int activation, float slope, str group"
+_BATCH_NORM = f"Tensor input, Tensor norm, Tensor? weight, Tensor? bias, Tensor? keep, Tensor? residual, {_TAIL}"
+define(
+    "batch_norm_act", f"({_BATCH_NORM})", "Tensor",
+    lambda input, *_: image_like(input), _batch_norm_act, _save(6), _autograd_batch_norm_act,
+    (
+        f"(Tensor grad, {_BATCH_NORM}, bool needs_residual) -> (Tensor, Tensor, Tensor, Tensor)",
+        _fake_batch_norm_act_backward, _batch_norm_act_backward,
+    ),
+)  # fmt: skip
+_DEPTHWISE = f"Tensor input, Tensor weight, {_NORM}, int[] stride, int[] padding, int[] dilation, {_TAIL}"
+define(
+    "depthwise_train", f"({_DEPTHWISE})", "(Tensor, Tensor)",
+    _fake_depthwise, _depthwise, _save(5), _autograd_depthwise,
+    (f"(Tensor grad, {_DEPTHWISE}) -> (Tensor, Tensor, Tensor, Tensor)", _fake_depthwise_backward, _depthwise_backward),
+)  # fmt: skip
+_LAYERS = "Tensor? fc1, Tensor? bias1, Tensor? fc2, Tensor? bias2"
+_GATES = "int activation, float slope, int squeeze_activation, int gate_activation, str group"
+define(
+    "pointwise_train", f"(Tensor input, Tensor weight, {_NORM}, {_LAYERS}, {_GATES})", "(Tensor, Tensor, Tensor)",
+    _fake_pointwise, _pointwise, _setup_pointwise, _autograd_pointwise,
+    (
+        f"(Tensor grad, Tensor input, Tensor weight, {_NORM}, {_LAYERS}, Tensor means, {_GATES}, bool needs_input) "
+        f"-> ({', '.join(['Tensor'] * 8)})",
+        _fake_pointwise_backward, _pointwise_backward,
+    ),
+)  # fmt: skip
