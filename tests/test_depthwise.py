@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import pyops
+from pyops import _library
+from pyops.ops import _after_ops
 from pyops.ops._activations import NAMES
 from pyops.ops.depthwise_conv import fold
 from pyops.testing import SPECS
@@ -116,3 +118,26 @@ def test_opcheck(sample_id):
     y, means = torch.ops.pyops.depthwise_infer(x, weight, bias, residual, *options, True)
     backward = (torch.ones_like(y), torch.ones_like(means), x, weight, bias, residual, *options, True, True)
     torch.library.opcheck(torch.ops.pyops.depthwise_bwd.default, backward)
+
+
+@pytest.mark.skipif(_library.not_loaded_reason() is not None, reason=str(_library.not_loaded_reason()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["none", "silu", "sigmoid"])  # sigmoid(0) is not zero: padding must stay it
+@pytest.mark.parametrize("kernel, stride, dilation", [(3, 1, 1), (5, 2, 1), (3, 1, 2), (2, 3, 1)])
+def test_convolution_after_batch_norm(kernel, stride, dilation, activation, dtype):
+    """The op that normalises and activates its input as it reads it does what two ops do."""
+    g = torch.Generator().manual_seed(kernel)
+    x = torch.randn(2, 37, 9, 11, generator=g).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, affine = torch.randn(37, 1, kernel, kernel, generator=g).to(dtype), torch.randn(3, 37, generator=g)
+    number, shape = NAMES.index(activation), ([stride] * 2, [kernel // 2] * 2, [dilation] * 2)
+    found = torch.ops.pyops.depthwise_after(x, affine, number, 0.0, weight, *shape)
+    grad = torch.randn(found.shape, generator=g).to(dtype)
+    grads = torch.ops.pyops.depthwise_after_bwd(grad, x, affine, number, 0.0, weight, *shape)
+    forward, backward = _after_ops._compose("default")
+    expected = [forward(x, affine, number, 0.0, weight, *shape), *backward(grad, x, affine, number, 0.0, weight, *shape)]
+    for a, b in zip([found, *grads], expected, strict=True):
+        if dtype == torch.float32:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)
+        else:  # two ops round in between
+            torch.testing.assert_close(a, b, rtol=0.02, atol=0.05 * float(b.abs().max()))
+    torch.library.opcheck(torch.ops.pyops.depthwise_after.default, (x, affine, number, 0.0, weight, *shape))

@@ -166,6 +166,19 @@ def writes_vectors(kernel: str, text: str) -> list[str]:
     return reads_vectors(kernel, text.replace("LDG", "").replace("STG", "LDG"))
 
 
+def multiplies_as_named(kernel: str, text: str) -> list[str]:
+    """pointwise_tile<dtype, product, positions>"""
+    product = kernel.split(", ")[1]
+    if product == "fma":
+        return computes_in_float32(kernel, text)
+    wanted = {"mma": "HMMA.16816.F32", "tf32": "HMMA.1688.F32.TF32"}[product]
+    return [] if wanted in text else [f"{product} products must run on tensor cores"]
+
+
+def reads_rows_128(kernel: str, text: str) -> list[str]:
+    return [] if "LDG.E.128" in text else ["no 128-bit loads from global memory"]
+
+
 # What a family's design says of each of its kernels. Weights and gates_x of any hidden size are read element by element (rows of
 # odd sizes are not 16-byte aligned): 128-bit global loads are for what the kernels lay out themselves.
 DESIGN: dict[str, list[Callable[[str, str], list[str]]]] = {
@@ -176,6 +189,15 @@ DESIGN: dict[str, list[Callable[[str, str], list[str]]]] = {
     "step_forward": [multiplies, reads_shared_128, copies_asynchronously],
     "step_backward": [multiplies, reads_shared_128, copies_asynchronously],
     "pack_weights": [],
+    "channel_moments_runs": [computes_in_float32, reads_vectors],
+    "channel_apply_runs": [computes_in_float32, reads_vectors, writes_vectors],
+    "channel_totals_runs": [computes_in_float32, reads_vectors],
+    "channel_reduce_runs": [computes_in_float32, reads_vectors],
+    "channel_gradient_runs": [computes_in_float32, reads_vectors, writes_vectors],
+    "channel_moments_merge": [],
+    "channel_sums_merge": [],
+    "pointwise_tile": [multiplies_as_named, reads_rows_128, reads_shared_128, copies_asynchronously],
+    "pointwise_pack": [],
     "depthwise_conv_forward": [computes_in_float32, reads_vectors, writes_vectors],
     "depthwise_conv_gradient": [computes_in_float32, reads_vectors, writes_vectors],
     "depthwise_backward_fused": [computes_in_float32, reads_vectors, writes_vectors],
@@ -214,6 +236,8 @@ def test_the_instruction_rules_bite():
         assert fault in design_faults("step_forward<lstm, bf16, 0>", good.replace(removed, "NOP"))[0]
     assert "local-memory traffic, STL.64" in design_faults("step_forward<lstm, bf16, 0>", good + " STL.64 [R1]")[0]
     assert "float32 products" in design_faults("one_cta_forward<lstm, f32, 12>", good)[0]
+    assert "mma products" in design_faults("pointwise_tile<bf16, mma, 32>", good.replace("HMMA", "FFMA"))[0]
+    assert "tf32 products" in design_faults("pointwise_tile<f32, tf32, 32>", good)[0]
 
 
 def write_table() -> None:

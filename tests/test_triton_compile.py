@@ -31,6 +31,9 @@ ARCHITECTURES = list(configurations.ARCHITECTURES)
 # Rows of a multiple of 16 units are read 16 bytes at a time and never spill. Others need an address per element and may give up a few
 # registers: bytes a thread, 16 by Triton 3.9, up to 128 by 3.6.
 SPILLS_UNALIGNED = 128
+# The 1x1 convolution with every option at once: none by the table's compiler, up to 176 by Triton 3.6.
+SPILLS_FUSED = 192
+SHARED_SLACK = 2048  # sums exchanged between warps, bytes: up to 1536 more by Triton 3.6
 
 
 def compile_all() -> list[dict]:
@@ -51,6 +54,10 @@ def measured(rows: list[dict] | None = None) -> dict[tuple[str, str], dict]:
     return {(row["arch"], row["kernel"]): row["costs"] for row in (compile_all() if rows is None else rows)}
 
 
+def is_the_tables_compiler() -> bool:
+    return ".".join(triton.__version__.split(".")[:2]) == budgets.compilers()["triton"]
+
+
 @pytest.fixture(scope="module")
 def rows():
     if cuobjdump() is None:
@@ -59,11 +66,11 @@ def rows():
 
 
 def test_kernels_keep_their_budgets(rows):
-    version = ".".join(triton.__version__.split(".")[:2])
-    table, found = budgets.load(), measured(rows)
-    if version != budgets.compilers()["triton"]:  # another compiler deals registers out differently; the next test bounds its spills
+    table, found, slack = budgets.load(), measured(rows), {"registers": REGISTER_SLACK}
+    if not is_the_tables_compiler():  # another one deals registers out differently (the next tests bound its spills), and exchanges sums so
+        slack["shared_bytes"] = SHARED_SLACK
         found = {key: costs | {"registers": 0, "spill_bytes": 0, "stack_bytes": 0} for key, costs in found.items()}
-    changed = compare(table, found, "triton", {"registers": REGISTER_SLACK})
+    changed = compare(table, found, "triton", slack)
     assert not changed, "python -m tests.test_kernel_budgets writes a new table, where this is meant:\n" + "\n".join(changed)
 
 
@@ -87,6 +94,24 @@ def test_what_the_depthwise_design_promises(rows):
         assert row["costs"]["spill_bytes"] <= (0 if aligned else SPILLS_UNALIGNED) and not row["tensor_cores"], row
         assert row["loads_128"] or not aligned, row
         assert budgets.Kernel(row["arch"], "triton", row["kernel"], **row["costs"]).blocks_per_sm >= 2, row
+
+
+def test_what_the_channelwise_design_promises(rows):
+    found = [row for row in rows if "channelwise" in row]
+    assert len(found) == len(ARCHITECTURES) * len(configurations.triton_channel.configurations())
+    for row in found:
+        assert row["costs"]["spill_bytes"] <= (0 if row["aligned"] else SPILLS_UNALIGNED) and not row["tensor_cores"], row
+        assert row["loads_128"] or not row["aligned"] or row["channelwise"] == "merge", row  # of moments a slot's rows are short
+        assert budgets.Kernel(row["arch"], "triton", row["kernel"], **row["costs"]).blocks_per_sm >= 4, row
+
+
+def test_what_the_pointwise_design_promises(rows):
+    found = [row for row in rows if "pointwise" in row]
+    assert len(found) == len(ARCHITECTURES) * len(configurations.triton_pointwise.configurations())
+    for row in found:
+        assert row["costs"]["spill_bytes"] <= (0 if row["aligned"] and is_the_tables_compiler() else SPILLS_FUSED), row
+        assert row["tensor_cores"] == (row["dtype"] != "f32") and (row["loads_128"] or not row["aligned"]), row
+        assert budgets.Kernel(row["arch"], "triton", row["kernel"], **row["costs"]).blocks_per_sm >= 1, row
 
 
 def test_every_launch_is_a_compiled_configuration():

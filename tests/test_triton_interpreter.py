@@ -258,7 +258,8 @@ def poisoned(empty):
     return lambda *args, **kwargs: t.fill_(float("nan")) if (t := empty(*args, **kwargs)).is_floating_point() else t
 
 
-def main() -> None:
+def unable() -> str | None:
+    """Why this machine's interpreter cannot run the kernels."""
     import triton
     import triton.language as tl
     from triton.runtime.errors import InterpreterError
@@ -271,7 +272,13 @@ def main() -> None:
     try:
         count[(1,)](2)
     except (InterpreterError, TypeError) as error:
-        print(f"skip: Triton {triton.__version__}'s interpreter does not run loops with this NumPy: {error}")
+        return f"skip: Triton {triton.__version__}'s interpreter does not run loops with this NumPy: {error}"
+    return None
+
+
+def main() -> None:
+    if reason := unable():
+        print(reason)
         return
 
     torch.set_num_threads(1)

@@ -12,7 +12,9 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # this file runs as a script too
+import triton_channel
 import triton_depthwise
+import triton_pointwise
 
 ARCHITECTURES = {"sm_80": 80, "sm_90a": 90}
 DTYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}  # Triton's names
@@ -90,7 +92,10 @@ def costs(binary, folder: Path, cuobjdump: str) -> dict[str, int]:
 
 def instructions(ptx: str) -> dict[str, bool]:
     """What the kernel does in the terms of the design."""
-    return {"tensor_cores": "mma.sync" in ptx, "loads_128": re.search(r"ld\.global\S*\.v4\.b32", ptx) is not None}
+    return {
+        "tensor_cores": "mma.sync" in ptx or "wgmma.mma_async" in ptx,
+        "loads_128": re.search(r"ld\.global\S*\.v4\.b32", ptx) is not None,
+    }
 
 
 def main(index: int, count: int, cuobjdump: str) -> None:
@@ -107,6 +112,23 @@ def main(index: int, count: int, cuobjdump: str) -> None:
             binary = triton_depthwise.compiled(kernel, dtype, C, ARCHITECTURES[arch])
             facts = {"channels": C, "dtype": dtype, **instructions(binary.asm["ptx"])}
             name = f"depthwise_{kernel}<{dtype}, C={C}>"
+            print(json.dumps({"arch": arch, "kernel": name, "costs": costs(binary, Path(scratch), cuobjdump), **facts}), flush=True)
+        channel = [(arch, *found) for arch in ARCHITECTURES for found in triton_channel.configurations()]
+        for arch, kernel, dtype, C in channel[index::count]:
+            binary = triton_channel.compiled(kernel, dtype, C, ARCHITECTURES[arch])
+            facts = {"channelwise": kernel, "dtype": dtype, "aligned": C % 8 == 0, **instructions(binary.asm["ptx"])}
+            name = f"channel_{kernel}<{dtype}, C={C}>"
+            print(json.dumps({"arch": arch, "kernel": name, "costs": costs(binary, Path(scratch), cuobjdump), **facts}), flush=True)
+        pointwise = [(arch, *found) for arch in ARCHITECTURES for found in triton_pointwise.configurations()]
+        for arch, shape, dtype in pointwise[index::count]:
+            binary = triton_pointwise.compiled(shape, dtype, ARCHITECTURES[arch])
+            facts = {
+                "pointwise": shape,
+                "dtype": dtype,
+                "aligned": triton_pointwise.SHAPES[shape][-1] == 8,
+                **instructions(binary.asm["ptx"]),
+            }
+            name = f"pointwise_conv<{dtype}, {shape}>"
             print(json.dumps({"arch": arch, "kernel": name, "costs": costs(binary, Path(scratch), cuobjdump), **facts}), flush=True)
 
 

@@ -13,76 +13,17 @@ over programs go through fp32 partial sums that PyTorch adds up: no atomics, the
 Floors: input (gradients: and grad_output) once, output once; 2*KH*KW flops an output, for each gradient again.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import tanh
+from .activations import activate, differentiate
+from .images import empty_image, image, on, store_image, sum_positions
 
 TILE_BYTES = 4096  # of a program's tile: two vectors of 16 bytes a thread
 BLOCK_TAPS = 16
 MOST_SLOTS = 256  # programs that share a channel block of the weight's gradient: rows of partial sums
-
-
-@triton.jit
-def activate(z, ACTIVATION: tl.constexpr, slope):
-    if ACTIVATION == 1:  # relu, as csrc/conv/depthwise.h counts them; NaN stays NaN
-        return tl.where(z < 0.0, 0.0, z)
-    elif ACTIVATION == 2:  # relu6
-        return clamp06(z)
-    elif ACTIVATION == 3:  # silu
-        return z / (1.0 + tl.exp(-z))
-    elif ACTIVATION == 4:  # hardswish
-        return z * clamp06(z + 3.0) * (1.0 / 6.0)
-    elif ACTIVATION == 5:  # gelu
-        return 0.5 * z * (1.0 + tl.math.erf(z * 0.7071067811865476))
-    elif ACTIVATION == 6:  # sigmoid
-        return 1.0 / (1.0 + tl.exp(-z))
-    elif ACTIVATION == 7:  # leaky_relu
-        return tl.where(z > 0.0, z, z * slope)
-    elif ACTIVATION == 8:  # tanh
-        return tanh(z)
-    elif ACTIVATION == 9:  # hardsigmoid
-        return clamp06(z + 3.0) * (1.0 / 6.0)
-    else:
-        return z
-
-
-@triton.jit
-def differentiate(z, ACTIVATION: tl.constexpr, slope):
-    """activation'(z), with torch's choices at the kinks."""
-    one = tl.zeros_like(z) + 1.0
-    if ACTIVATION == 1:
-        return tl.where(z <= 0.0, 0.0, one)
-    elif ACTIVATION == 2:
-        return tl.where((z <= 0.0) | (z >= 6.0), 0.0, one)
-    elif ACTIVATION == 3:
-        s = 1.0 / (1.0 + tl.exp(-z))
-        return s * (1.0 + z * (1.0 - s))
-    elif ACTIVATION == 4:
-        return tl.where(z <= -3.0, 0.0, tl.where(z < 3.0, z * (1.0 / 3.0) + 0.5, one))
-    elif ACTIVATION == 5:
-        return 0.5 * (1.0 + tl.math.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    elif ACTIVATION == 6:
-        s = 1.0 / (1.0 + tl.exp(-z))
-        return s * (1.0 - s)
-    elif ACTIVATION == 7:
-        return tl.where(z > 0.0, one, slope)
-    elif ACTIVATION == 8:
-        t = tanh(z)
-        return 1.0 - t * t
-    elif ACTIVATION == 9:
-        return tl.where((z > -3.0) & (z < 3.0), one * (1.0 / 6.0), 0.0)
-    else:
-        return one
-
-
-@triton.jit
-def clamp06(z):
-    return tl.where(z < 0.0, 0.0, tl.where(z > 6.0, 6.0, z))
 
 
 @triton.jit
@@ -95,21 +36,6 @@ def load_filter(weight_ptr, c, tap, C, TAPS: tl.constexpr):
 def load_positions(image_ptr, y, x, W, C, mask):
     """The channels of the positions (y, x) of an image, zero where there are none.  # [BLOCK_P, BLOCK_C]"""
     return tl.load(image_ptr + (y.to(tl.int64) * W + x)[:, None] * C, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def sum_positions(tile, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """In two steps: the interpreter adds one after another, and sums of many equal values would feel it.  # [BLOCK_C]"""
-    return tl.sum(tl.sum(tl.reshape(tile, [BLOCK_P // 8, 8, BLOCK_C]), axis=1), axis=0)
-
-
-@triton.jit
-def store_image(to, value, mask):
-    """Rounded to nearest; said aloud, since the interpreter's plain conversion cuts bits off."""
-    if to.dtype.element_ty == tl.float32:
-        tl.store(to, value, mask=mask)
-    else:
-        tl.store(to, value.to(to.dtype.element_ty, fp_downcast_rounding="rtne"), mask=mask)
 
 
 @triton.jit
@@ -219,17 +145,17 @@ def grad_weight_kernel(
 
 def forward(input, weight, bias, residual, stride, padding, dilation, activation, slope, means):
     """(output, means [N, C] fp32 or empty), as pyops::depthwise_fwd."""
-    input, weight, residual = _image(input), weight.contiguous(), _image(residual)
+    input, weight, residual = image(input), weight.contiguous(), image(residual)
     bias = None if bias is None else bias.contiguous()
     N, C, H, W = input.shape
     OH, OW = output_size(input, weight, stride, padding, dilation)
-    output = _empty_image(input, N, C, OH, OW)
+    output = empty_image(input, N, C, OH, OW)
     block = launch_config(C, input.dtype)
     tiles = triton.cdiv(OH * OW, block["BLOCK_P"])
     sums = torch.empty(N, tiles, C, dtype=torch.float32, device=input.device) if means else None
     constants = _constants(weight, stride, padding, dilation) | {"ACTIVATION": activation, "GRADIENT": False} | block
     if output.numel():
-        with _on(input):
+        with on(input):
             conv_kernel[_grid(N, tiles, C, block)](
                 input, weight, bias, residual, output, sums, None, None, H, W, C, OH, OW, slope, **constants
             )
@@ -242,7 +168,7 @@ def backward(
     grad_output, grad_means, input, weight, bias, residual, stride, padding, dilation, activation, slope, needs_input, needs_weight
 ):  # fmt: skip
     """(grad_input, grad_weight, grad_bias, grad_residual), as pyops::depthwise_bwd: empty where not wanted."""
-    input, weight, residual, grad_output = _image(input), weight.contiguous(), _image(residual), _image(grad_output)
+    input, weight, residual, grad_output = image(input), weight.contiguous(), image(residual), image(grad_output)
     bias, grad_means = (None if t is None else t.contiguous() for t in (bias, grad_means))
     N, C, H, W = input.shape
     OH, OW = output_size(input, weight, stride, padding, dilation)
@@ -251,9 +177,9 @@ def backward(
     nothing = input.new_empty(0)
     grad_input, grad_weight, grad_bias, grad_residual = (nothing,) * 4
     dz = grad_output
-    with _on(input):
+    with on(input):
         if activation != 0 or residual is not None or grad_means is not None or grad_output is None:
-            dz = _empty_image(input, N, C, OH, OW)
+            dz = empty_image(input, N, C, OH, OW)
             constants = geometry | {"ACTIVATION": activation, "GRADIENT": True} | block
             if dz.numel():
                 conv_kernel[_grid(N, tiles, C, block)](
@@ -262,7 +188,7 @@ def backward(
         if residual is not None:
             grad_residual = dz
         if needs_input:
-            grad_input = _empty_image(input, N, C, H, W)
+            grad_input = empty_image(input, N, C, H, W)
             if grad_input.numel():
                 grid = _grid(N, triton.cdiv(H * W, block["BLOCK_P"]), C, block)
                 grad_input_kernel[grid](dz, weight, grad_input, H, W, C, OH, OW, **geometry, **block)
@@ -305,16 +231,3 @@ def _constants(weight: Tensor, stride, padding, dilation) -> dict[str, int]:
 
 def _grid(N: int, tiles: int, C: int, block: dict[str, int]) -> tuple[int]:
     return (N * tiles * triton.cdiv(C, block["BLOCK_C"]),)
-
-
-def _image(image: Tensor | None) -> Tensor | None:
-    return None if image is None else image.contiguous(memory_format=torch.channels_last)
-
-
-def _empty_image(like: Tensor, *sizes: int) -> Tensor:
-    return torch.empty(sizes, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def _on(tensor: Tensor):
-    """Triton launches on the current device, which need not be the tensors'. (CPU tensors: the interpreter.)"""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -5,12 +5,10 @@
 // strips of each of `images` images with them. Which strips a block takes depends on the shape and the number of SMs alone, and
 // sums over blocks are finished by a second kernel in a fixed order: the same call gives the same bits.
 #pragma once
-#include <initializer_list>
-
-#include "../common/convert.cuh"
 #include "../common/cuda_registry.h"
 #include "../common/launch.cuh"
 #include "depthwise_cuda.h"
+#include "vectors.cuh"
 
 namespace pyops::conv {
 
@@ -85,70 +83,6 @@ PYOPS_DEVICE Place place_of(const Cut& cut, const Dims& d) {
   return me;
 }
 
-// ------------------------------------------------------------------------------------------------------ vectors of channels
-
-template <int kBytes>
-struct RawOf;
-template <>
-struct RawOf<16> {
-  using type = uint4;
-};
-template <>
-struct RawOf<8> {
-  using type = uint2;
-};
-template <>
-struct RawOf<4> {
-  using type = uint32_t;
-};
-template <>
-struct RawOf<2> {
-  using type = uint16_t;
-};
-
-template <class T, int V>
-PYOPS_DEVICE void load_channels(const T* from, float (&to)[V]) {
-  using Raw = typename RawOf<V * sizeof(T)>::type;
-  const Raw raw = *reinterpret_cast<const Raw*>(from);
-  T values[V];
-  __builtin_memcpy(values, &raw, sizeof(raw));
-  PYOPS_UNROLL
-  for (int v = 0; v < V; ++v) to[v] = to_float(values[v]);
-}
-
-template <class T, int V>
-PYOPS_DEVICE void load_or_zero(bool exists, const T* from, float (&to)[V]) {
-  if (exists) load_channels<T, V>(from, to);
-  else {
-    PYOPS_UNROLL
-    for (int v = 0; v < V; ++v) to[v] = 0.f;
-  }
-}
-
-template <class T, int V>
-PYOPS_DEVICE void store_channels(T* to, const float (&from)[V]) {
-  using Raw = typename RawOf<V * sizeof(T)>::type;
-  T values[V];
-  PYOPS_UNROLL
-  for (int v = 0; v < V; ++v) values[v] = from_float<T>(from[v]);
-  Raw raw;
-  __builtin_memcpy(&raw, values, sizeof(raw));
-  *reinterpret_cast<Raw*>(to) = raw;
-}
-
-template <class T, int V>
-PYOPS_DEVICE void clear(T (&values)[V]) {
-  PYOPS_UNROLL
-  for (int v = 0; v < V; ++v) values[v] = 0.f;
-}
-
-// Vectors of V channels that every image of the call can be read and written in.
-inline bool vectors_fit(int64_t C, int V, int element, std::initializer_list<const void*> images) {
-  bool fit = C % V == 0;
-  for (const void* image : images) fit = fit && reinterpret_cast<uintptr_t>(image) % (V * element) == 0;
-  return fit;
-}
-
 // ------------------------------------------------------------------------------------------------ filters in shared memory
 
 // [tap][quarter of the vector][group][4]: neighbouring threads read neighbouring 16 bytes.
@@ -191,16 +125,6 @@ PYOPS_DEVICE void stage_filter(const void* source, bool is_float, int pitch, int
 
 // --------------------------------------------------------------------------------------------------------- sums over a block
 
-// Kahan's sum: means of many nearly equal values must be as good as torch's pairwise ones.
-struct Sum {
-  float total = 0.f, lost = 0.f;
-  PYOPS_DEVICE void add(float value) {
-    const float corrected = value - lost, next = total + corrected;
-    lost = (next - total) - corrected;
-    total = next;
-  }
-};
-
 // out[row * pitch + channel] = the sum over the block's lanes of sum[row], rows x channels by as many threads; in lane order.
 // Every thread of the block calls it. room: rows * lanes * groups * V floats.
 template <int V, int kRows>
@@ -222,16 +146,6 @@ PYOPS_DEVICE void sum_lanes(const float (&sum)[kRows][V], const Place& me, const
     Sum over;
     for (int lane = 0; lane < cut.lanes; ++lane) over.add(room[(row * cut.lanes + lane) * channels + c]);
     out[row * pitch + channel0 + c] = over.total / divisor;
-  }
-}
-
-// Calls f(a value of the storage type).
-template <class F>
-auto with_type(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::f32: return f(float{});
-    case DType::bf16: return f(bf16{});
-    default: return f(f16{});
   }
 }
 

@@ -8,8 +8,8 @@ namespace pyops::conv {
 namespace {
 
 struct Kernels {
-  void (*forward)(const DepthwiseForward&);
-  void (*backward)(const DepthwiseBackward&);
+  void (*forward)(const DepthwiseForward&, const DepthwisePrologue&);
+  void (*backward)(const DepthwiseBackward&, const DepthwisePrologue&);
 };
 
 const Kernels& kernels() {
@@ -50,14 +50,14 @@ DepthwisePlan plan_depthwise(const DepthwiseShape& s, int64_t block_bytes) {
   return plan;
 }
 
-void depthwise_forward_cpu(const DepthwiseForward& p) {
+void depthwise_forward_cpu(const DepthwiseForward& p, const DepthwisePrologue& before) {
   check(p.s);
-  kernels().forward(p);
+  kernels().forward(p, before);
 }
 
-void depthwise_backward_cpu(const DepthwiseBackward& p) {
+void depthwise_backward_cpu(const DepthwiseBackward& p, const DepthwisePrologue& before) {
   check(p.s);
-  kernels().backward(p);
+  kernels().backward(p, before);
 }
 
 }  // namespace pyops::conv

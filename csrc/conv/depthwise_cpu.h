@@ -6,8 +6,16 @@
 
 namespace pyops::conv {
 
-void depthwise_forward_cpu(const DepthwiseForward& p);
-void depthwise_backward_cpu(const DepthwiseBackward& p);
+// What is convolved instead of the input, inside the image: activation((input - mean) * scale + bias), computed as rows are staged.
+// Backward then gives the gradient of that.
+struct DepthwisePrologue {
+  const float* affine = nullptr;  // [3, C] = mean, scale, bias; null: the input itself
+  Activation activation = Activation::none;
+  float slope = 0.f;
+};
+
+void depthwise_forward_cpu(const DepthwiseForward& p, const DepthwisePrologue& before = {});
+void depthwise_backward_cpu(const DepthwiseBackward& p, const DepthwisePrologue& before = {});
 
 // How the work is cut: items are (image, band of rows, group of 16-channel blocks), groups fastest, and thread t of T takes the t-th
 // of T even runs of them.
@@ -19,10 +27,10 @@ struct DepthwisePlan {
 // block_bytes: scratch that one block of channels takes while an item is worked on.
 DepthwisePlan plan_depthwise(const DepthwiseShape& s, int64_t block_bytes);
 
-#define PYOPS_DEPTHWISE_KERNELS(isa)                   \
-  namespace isa {                                      \
-  void depthwise_forward(const DepthwiseForward& p);   \
-  void depthwise_backward(const DepthwiseBackward& p); \
+#define PYOPS_DEPTHWISE_KERNELS(isa)                                                    \
+  namespace isa {                                                                       \
+  void depthwise_forward(const DepthwiseForward& p, const DepthwisePrologue& before);   \
+  void depthwise_backward(const DepthwiseBackward& p, const DepthwisePrologue& before); \
   }
 PYOPS_DEPTHWISE_KERNELS(baseline)
 #if defined(__x86_64__)

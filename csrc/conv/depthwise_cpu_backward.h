@@ -47,11 +47,12 @@ void grad_row(const GradRow<S>& g) {
 template <class S>
 struct DepthwiseBackwardPass {
   const DepthwiseBackward& p;
+  const DepthwisePrologue& before;
   const DepthwiseShape& s;
   const int64_t taps, step, dz_slots, flip_pad, margin, dz_width;
   const bool recompute, weights, input_seen;
   const DepthwisePlan plan;
-  float *weight, *flipped, *bias;
+  float *weight, *flipped, *bias, *affine;
   struct Member {
     float *ring, *dz, *row, *mean, *item_weight, *item_bias, *weight, *bias;
     const float **in, **w;
@@ -62,8 +63,9 @@ struct DepthwiseBackwardPass {
   size_t member_bytes;
 
   // step: of dz positions in its ring. flip_pad: padding of the flipped convolution, negative where input columns were never seen.
-  explicit DepthwiseBackwardPass(const DepthwiseBackward& params)
+  DepthwiseBackwardPass(const DepthwiseBackward& params, const DepthwisePrologue& prologue)
       : p(params),
+        before(prologue),
         s(p.s),
         taps(int64_t{s.KH} * s.KW),
         step(p.grad_input ? s.stride_w : 1),
@@ -107,6 +109,7 @@ struct DepthwiseBackwardPass {
     weight = at.take<float>(plan.blocks * taps * kBlock);
     flipped = at.take<float>(p.grad_input ? plan.blocks * taps * kBlock : 0);
     bias = at.take<float>((plan.blocks + 1) * kBlock);  // and a block of zeros
+    affine = at.take<float>(before.affine ? 3 * plan.blocks * kBlock : 0);
     Layout one{nullptr};
     member(one);
     member_bytes = one.bytes;
@@ -116,6 +119,7 @@ struct DepthwiseBackwardPass {
   void pack(const Team& team) {
     pack_taps(team, p.weight_dtype, p.weight, s.C, taps, weight);
     pack_bias(team, p.weight_dtype, p.bias, s.C, bias);
+    pack_affine(team, before.affine, s.C, plan.blocks, affine);
     if (team.rank == 0) zero(bias + plan.blocks * kBlock, 1);
     for (int64_t block = team.rank; block < plan.blocks && p.grad_input; block += team.size)
       for (int64_t tap = 0; tap < taps; ++tap) {
@@ -191,7 +195,9 @@ struct DepthwiseBackwardPass {
 
   void run_item(const Member& me, int64_t index) {
     const int64_t group = index % plan.groups, band = index / plan.groups % plan.bands;
-    Item item{index / plan.groups / plan.bands, plan.first_block(group), 0, 0, {me.ring, 0, 0, 0, 0}};
+    Item item{index / plan.groups / plan.bands, plan.first_block(group), 0, 0, {me.ring, 0, 0, 0, 0, {}}};
+    const float* vectors = before.affine ? affine + item.block0 * kBlock : nullptr;
+    item.ring.staging = {vectors, plan.blocks * kBlock, before.activation, before.slope};
     item.blocks = plan.first_block(group + 1) - item.block0, item.channels = s.C - item.block0 * kBlock;
     if (input_seen) item.ring.start(s, item.blocks);
     zero(me.dz, dz_slots * item.blocks * dz_width);
@@ -258,8 +264,8 @@ struct DepthwiseBackwardPass {
 };
 
 template <class S>
-void backward_as(const DepthwiseBackward& p) {
-  DepthwiseBackwardPass<S> pass(p);
+void backward_as(const DepthwiseBackward& p, const DepthwisePrologue& before) {
+  DepthwiseBackwardPass<S> pass(p, before);
   Layout size{nullptr};
   pass.lay_out(size);
   Layout at{static_cast<char*>(cpu::scratch(size.bytes))};

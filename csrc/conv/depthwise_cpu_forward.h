@@ -28,10 +28,11 @@ void finish_row(const float* z, const S* residual, S* out, int64_t width, int64_
 template <class S>
 struct DepthwiseForwardPass {
   const DepthwiseForward& p;
+  const DepthwisePrologue& before;
   const DepthwiseShape& s;
   const DepthwisePlan plan;
   const int64_t taps;
-  float *weight, *bias;
+  float *weight, *bias, *affine;
   float* partial;  // [N][bands][blocks * 16]
   struct Member {
     const float **in, **w;
@@ -41,8 +42,12 @@ struct DepthwiseForwardPass {
   char* members;
   size_t member_bytes;
 
-  explicit DepthwiseForwardPass(const DepthwiseForward& params)
-      : p(params), s(p.s), plan(plan_depthwise(s, InputRing::slots_of(s) * InputRing::width_of(s) * 64)), taps(int64_t{s.KH} * s.KW) {}
+  DepthwiseForwardPass(const DepthwiseForward& params, const DepthwisePrologue& prologue)
+      : p(params),
+        before(prologue),
+        s(p.s),
+        plan(plan_depthwise(s, InputRing::slots_of(s) * InputRing::width_of(s) * 64)),
+        taps(int64_t{s.KH} * s.KW) {}
 
   // A member's own scratch is one piece: lists that are written at every row must not lie beside another member's.
   Member member(Layout& to) const {
@@ -61,6 +66,7 @@ struct DepthwiseForwardPass {
   void lay_out(Layout& at) {
     weight = at.take<float>(plan.blocks * taps * kBlock);
     bias = at.take<float>(plan.blocks * kBlock);
+    affine = at.take<float>(before.affine ? 3 * plan.blocks * kBlock : 0);
     partial = at.take<float>(p.means ? s.N * plan.bands * plan.blocks * kBlock : 0);
     Layout one{nullptr};
     member(one);
@@ -71,7 +77,8 @@ struct DepthwiseForwardPass {
   void item(const Member& me, int64_t index) {
     const int64_t group = index % plan.groups, band = index / plan.groups % plan.bands, n = index / plan.groups / plan.bands;
     const int64_t block0 = plan.first_block(group), blocks = plan.first_block(group + 1) - block0, channels = s.C - block0 * kBlock;
-    InputRing ring{me.ring, 0, 0, 0, 0};
+    const float* vectors = before.affine ? affine + block0 * kBlock : nullptr;
+    InputRing ring{me.ring, 0, 0, 0, 0, {vectors, plan.blocks * kBlock, before.activation, before.slope}};
     Window window{me.in, me.tap, 0};
     const float **in = me.in, **w = me.w;
     const auto at = [&](const void* base, int64_t y, int64_t H, int64_t W) {
@@ -113,6 +120,7 @@ struct DepthwiseForwardPass {
   void run(const Team& team) {
     pack_taps(team, p.weight_dtype, p.weight, s.C, taps, weight);
     pack_bias(team, p.weight_dtype, p.bias, s.C, bias);
+    pack_affine(team, before.affine, s.C, plan.blocks, affine);
     team.sync();
     const Member me = member(team.rank);
     const int64_t items = plan.blocks ? s.N * plan.bands * plan.groups : 0;
@@ -124,8 +132,8 @@ struct DepthwiseForwardPass {
 };
 
 template <class S>
-void forward_as(const DepthwiseForward& p) {
-  DepthwiseForwardPass<S> pass(p);
+void forward_as(const DepthwiseForward& p, const DepthwisePrologue& before) {
+  DepthwiseForwardPass<S> pass(p, before);
   Layout size{nullptr};
   pass.lay_out(size);
   Layout at{static_cast<char*>(cpu::scratch(size.bytes))};

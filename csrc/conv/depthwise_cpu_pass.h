@@ -40,12 +40,38 @@ inline void pack_bias(const Team& team, DType dtype, const void* bias, int64_t C
   }
 }
 
+// A prologue's vectors, [3][blocks * 16], zeros beyond C.
+inline void pack_affine(const Team& team, const float* affine, int64_t C, int64_t blocks, float* to) {
+  for (int i = 0; i < 3 && affine; ++i) pack_bias(team, DType::f32, affine + i * C, C, to + i * blocks * kBlock);
+}
+struct Staging {
+  const float* vectors;  // at the group's first block; null: rows are staged as they are
+  int64_t stride;        // from mean to scale to bias
+  Activation activation;
+  float slope;
+
+  // Staged rows of `blocks` blocks in place.
+  void operator()(float* to, int64_t plane, int64_t width, int64_t blocks) const {
+    with_activation(activation, [&](auto a) {
+      for (int64_t g = 0; g < blocks; ++g)
+        for (int v = 0; v < kBlock; v += kF) {
+          const float* at = vectors + g * kBlock + v;
+          const vf mean = load(at), scale = load(at + stride), bias = load(at + 2 * stride);
+          float* row = to + g * plane + v;
+          for (int64_t x = 0; x < width; ++x)
+            store(row + x * kBlock, activate<decltype(a)::value>((load(row + x * kBlock) - mean) * scale + bias, slope));
+        }
+    });
+  }
+};
+
 // The last input rows of a group of blocks, [slot][block][width][16] with the zero padding written out; row y lives in slot
 // y mod slots. The window of an output row always fits.
 struct InputRing {
   float* data;
   int64_t slots, blocks, width;  // blocks: of the group at hand
   int64_t next;                  // rows below it have been staged, or will not be
+  Staging staging;
 
   static int64_t slots_of(const DepthwiseShape& s) { return (s.KH - 1) * s.dilation_h + 1; }
   static int64_t width_of(const DepthwiseShape& s) { return (s.OW - 1 + kSlack) * s.stride_w + (s.KW - 1) * s.dilation_w + 1; }
@@ -68,8 +94,11 @@ struct InputRing {
   template <class S>
   void advance(const DepthwiseShape& s, int64_t oy, const S* image, int64_t channels) {
     const int64_t first = oy * s.stride_h - s.pad_h, end = first + slots < s.H ? first + slots : s.H;
-    for (next = next < first ? first : next; next < end; ++next)
-      stage_row(row(next) + s.pad_w * kBlock, width * kBlock, image + next * s.W * s.C, columns(s), s.C, channels, blocks);
+    for (next = next < first ? first : next; next < end; ++next) {
+      float* to = row(next) + s.pad_w * kBlock;
+      stage_row(to, width * kBlock, image + next * s.W * s.C, columns(s), s.C, channels, blocks);
+      if (staging.vectors) staging(to, width * kBlock, columns(s), blocks);
+    }
   }
 };
 

@@ -42,9 +42,10 @@ inline void check_bias(const MaybeTensor& bias, const Tensor& weight) {
   STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias: expected [", weight.size(0), "]");
 }
 
-template <class Engine>
-std::tuple<Tensor, Tensor> depthwise_fwd(Tensor input_, Tensor weight_, MaybeTensor bias_, MaybeTensor residual_, Pair stride, Pair padding,
-                                         Pair dilation, int64_t activation, double slope, bool means) {
+template <class Run>
+std::tuple<Tensor, Tensor> depthwise_fwd_by(const Run& run, const Tensor& input_, const Tensor& weight_, const MaybeTensor& bias_,
+                                            const MaybeTensor& residual_, const Pair& stride, const Pair& padding, const Pair& dilation,
+                                            int64_t activation, double slope, bool means) {
   DepthwiseForward p{};
   p.s = shape_of(input_, weight_, stride, padding, dilation);
   check_bias(bias_, weight_);
@@ -60,8 +61,13 @@ std::tuple<Tensor, Tensor> depthwise_fwd(Tensor input_, Tensor weight_, MaybeTen
   p.bias = data(bias), p.residual = data(residual);
   p.output = output.mutable_data_ptr();
   p.means = means ? mean.mutable_data_ptr<float>() : nullptr;
-  Engine::forward(p, input);
+  run(p, input);
   return {output, mean};
+}
+template <class Engine>
+std::tuple<Tensor, Tensor> depthwise_fwd(Tensor input, Tensor weight, MaybeTensor bias, MaybeTensor residual, Pair stride, Pair padding,
+                                         Pair dilation, int64_t activation, double slope, bool means) {
+  return depthwise_fwd_by(Engine::forward, input, weight, bias, residual, stride, padding, dilation, activation, slope, means);
 }
 
 // A float32 result as `dtype`.
@@ -72,10 +78,12 @@ inline Tensor rounded(const Tensor& t, ScalarType dtype) {
   return to;
 }
 
-template <class Engine>
-std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bwd(MaybeTensor grad_output_, MaybeTensor grad_means_, Tensor input_, Tensor weight_,
-                                                         MaybeTensor bias_, MaybeTensor residual_, Pair stride, Pair padding, Pair dilation,
-                                                         int64_t activation, double slope, bool needs_input, bool needs_weight) {
+template <class Run>
+std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bwd_by(const Run& run, const MaybeTensor& grad_output_, const MaybeTensor& grad_means_,
+                                                            const Tensor& input_, const Tensor& weight_, const MaybeTensor& bias_,
+                                                            const MaybeTensor& residual_, const Pair& stride, const Pair& padding,
+                                                            const Pair& dilation, int64_t activation, double slope, bool needs_input,
+                                                            bool needs_weight) {
   DepthwiseBackward p{};
   DepthwiseShape& s = p.s;
   s = shape_of(input_, weight_, stride, padding, dilation);
@@ -105,10 +113,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bwd(MaybeTensor grad_output
   p.grad_residual = residual.has_value() ? grad_residual.mutable_data_ptr() : nullptr;
   p.grad_weight = needs_weight ? grad_weight.mutable_data_ptr<float>() : nullptr;
   p.grad_bias = wants_bias ? grad_bias.mutable_data_ptr<float>() : nullptr;
-  Engine::backward(p, input);
+  run(p, input);
   if (needs_weight) grad_weight = rounded(grad_weight, weight.scalar_type());
   if (wants_bias) grad_bias = rounded(grad_bias, weight.scalar_type());
   return {grad_input, grad_weight, grad_bias, grad_residual};
+}
+template <class Engine>
+std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bwd(MaybeTensor grad_output, MaybeTensor grad_means, Tensor input, Tensor weight,
+                                                         MaybeTensor bias, MaybeTensor residual, Pair stride, Pair padding, Pair dilation,
+                                                         int64_t activation, double slope, bool needs_input, bool needs_weight) {
+  return depthwise_bwd_by(Engine::backward, grad_output, grad_means, input, weight, bias, residual, stride, padding, dilation, activation,
+                          slope, needs_input, needs_weight);
 }
 
 }  // namespace pyops::conv

@@ -116,7 +116,19 @@ struct PointwisePass {
     }
   }
 
-  void multiply(const Member& me, int64_t m0, int64_t count, int64_t block0, int panel) const {
+  // A panel's sums: in the member's tile, or in the output itself where nothing is left to do to them.
+  struct Sums {
+    float* first;
+    int64_t row;  // floats from one position to the next
+  };
+  Sums sums_of(const Member& me, int64_t m0, int64_t block0, int panel) const {
+    const bool plain = !p.bias && !p.keep && !p.residual && p.activation == Activation::none;
+    if (sizeof(S) == 4 && plain && (block0 + panel) * kBlock <= p.O)
+      return {static_cast<float*>(p.output) + m0 * p.output_stride + block0 * kBlock, p.output_stride};
+    return {me.tile, panel * kBlock};
+  }
+
+  void multiply(const Member& me, int64_t m0, int64_t count, int64_t block0, int panel, const Sums& to) const {
     const float* w = weights + block0 * lanes * kBlock;
     const int most = tile_rows(panel);
     for (int64_t k0 = 0; k0 < lanes; k0 += kSlice) {
@@ -127,7 +139,7 @@ struct PointwisePass {
         float* out[8];
         for (int64_t r = 0; r < n; ++r) {
           a[r] = staged ? me.rows + (i + r) * ld : reinterpret_cast<const E*>(input_row(m0 + i + r));
-          out[r] = me.tile + (i + r) * panel * kBlock;
+          out[r] = to.first + (i + r) * to.row;
         }
         gemm_tile(static_cast<int>(n), panel, a, w, lanes * kBlock, k0, k1, out, kBlock);
       }
@@ -161,16 +173,16 @@ struct PointwisePass {
     }
   }
 
-  void absorb(const Member& me, int64_t before, int64_t count, int64_t block0, int panel, double* state) const {
+  void absorb(const Sums& from, int64_t before, int64_t count, int64_t block0, int panel, double* state) const {
     const int64_t columns = panel * kBlock;
     const float inverse = 1.f / static_cast<float>(count);
     const double n = static_cast<double>(before), weight = static_cast<double>(count) / static_cast<double>(before + count);
     for (int64_t c = 0; c < columns; c += kF) {
       vf sum{}, squares{};
-      for (int64_t r = 0; r < count; ++r) sum += load(me.tile + r * columns + c);
+      for (int64_t r = 0; r < count; ++r) sum += load(from.first + r * from.row + c);
       const vf mean = sum * inverse;
       for (int64_t r = 0; r < count; ++r) {
-        const vf d = load(me.tile + r * columns + c) - mean;
+        const vf d = load(from.first + r * from.row + c) - mean;
         squares += d * d;
       }
       for (int i = 0; i < kF; ++i) {
@@ -194,9 +206,10 @@ struct PointwisePass {
       for (int64_t i = 0; i < panels; ++i) {
         const int64_t b0 = block0 + (block1 - block0) * i / panels;
         const int panel = static_cast<int>(block0 + (block1 - block0) * (i + 1) / panels - b0);
-        multiply(me, m0, count, b0, panel);
-        finish(me, m0, count, b0, panel);
-        if (p.moments) absorb(me, m0 - first * kTile, count, b0, panel, state);
+        const Sums sums = sums_of(me, m0, b0, panel);
+        multiply(me, m0, count, b0, panel, sums);
+        if (sums.first == me.tile) finish(me, m0, count, b0, panel);
+        if (p.moments) absorb(sums, m0 - first * kTile, count, b0, panel, state);
       }
     }
   }

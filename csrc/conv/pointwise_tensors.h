@@ -52,9 +52,10 @@ void pointwise_fill(Pointwise& p, Tensor& output, const Tensor& input_, const Te
 template <class Engine>
 std::tuple<Tensor, Tensor> pointwise_run(Tensor input, Tensor weight, MaybeTensor rows, MaybeTensor affine, MaybeTensor gate,
                                          int64_t input_activation, double input_slope, MaybeTensor bias, MaybeTensor keep,
-                                         MaybeTensor residual, int64_t activation, double slope, bool moments) {
+                                         MaybeTensor residual, int64_t activation, double slope, bool moments, bool tf32) {
   STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 2, "input, weight: expected [N, C, H, W] and [O, C]");
   Pointwise p{};
+  p.tf32 = tf32;
   Tensor output = empty_image(input, input.size(0), weight.size(0), input.size(2), input.size(3));
   Tensor sums = moments ? empty(input, {2, weight.size(0)}, ScalarType::Float) : empty(input, {0}, ScalarType::Float);
   p.moments = moments ? sums.mutable_data_ptr<float>() : nullptr;
@@ -66,9 +67,10 @@ std::tuple<Tensor, Tensor> pointwise_run(Tensor input, Tensor weight, MaybeTenso
 template <class Engine>
 void pointwise_into(Tensor output, Tensor input, Tensor weight, MaybeTensor rows, MaybeTensor affine, MaybeTensor gate,
                     int64_t input_activation, double input_slope, MaybeTensor bias, MaybeTensor keep, MaybeTensor residual,
-                    int64_t activation, double slope) {
+                    int64_t activation, double slope, bool tf32) {
   STD_TORCH_CHECK(output.dim() == 4, "output: expected [N, O, H, W]");
   Pointwise p{};
+  p.tf32 = tf32;
   pointwise_fill<Engine>(p, output, input, weight, rows, affine, gate, input_activation, input_slope, bias, keep, residual, activation,
                          slope);
 }

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyops.ops import _activations, _conv_call, _groups
-from pyops.ops._fused_ops import Kernels
+from pyops.ops._fused_ops import KERNELS, Kernels
 from pyops.ops.batch_norm_act import constant_statistics, statistics_of
 
 
@@ -38,7 +38,7 @@ class Gates(NamedTuple):
 def kernels_for(backend: str | None, input: Tensor) -> Kernels | None:
     """The kernels that a training step on `input` runs on; None: PyTorch's own layers."""
     name = _conv_call.choose("ConvBNAct", backend, input)
-    return None if name == "eager" else Kernels(_conv_call.overload(name))
+    return None if name == "eager" else KERNELS[_conv_call.overload(name)]
 
 
 def is_pointwise(conv: nn.Conv2d) -> bool:

@@ -15,6 +15,12 @@ Names: input ``[N, C, H, W]`` in channels_last memory, P = H*W positions; every 
     pyops::channel_grad     dz * scale - terms[0] - (input - mean) * terms[1], and the gradient of u (residual's) if asked for
     pyops::channel_grad_    the same, written over `grad`
 
+And what lies between them, vectors alone, each one small call:
+
+    pyops::channel_norm     moments -> norm [3, C]: mean, 1/std, 1/count; running statistics move towards the batch's by `factor`
+    pyops::channel_affine   norm, weight, bias -> affine
+    pyops::channel_terms    channel_reduce's sums -> (terms, weight's gradient, bias's gradient)
+
 None is differentiable: `_fused_ops` composes differentiable ops of them. Sums are merged in a fixed order.
 Source of the merge: Chan, Golub and LeVeque, 1979.
 """
@@ -107,6 +113,26 @@ def _grad_(grad, input, affine, terms, keep, residual, gate, offset, activation,
     grad.copy_(_grad(grad, input, affine, terms, keep, residual, gate, offset, activation, slope, False)[0])
 
 
+def _norm(moments, count, eps, running_mean, running_var, factor):
+    mean, squares = moments
+    if running_mean is not None:
+        for kept, new in ((running_mean, mean), (running_var, squares / (count - 1))):
+            kept.copy_(kept + (new - kept) * factor)
+    inverse = torch.full_like(mean, 1.0 / count if count else 0.0)
+    return torch.stack([mean, torch.rsqrt(squares * inverse + eps), inverse])
+
+
+def _affine(norm, weight, bias):
+    mean, scale, _ = norm
+    scale = scale if weight is None else scale * weight
+    return torch.stack([mean, scale, torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)])
+
+
+def _terms(sums, norm, affine):
+    shares = sums * (affine[1] * norm[2])
+    return torch.stack([shares[0], shares[1] * norm[1].square()]), sums[1] * norm[1], sums[0].clone()
+
+
 def _like(input) -> Tensor:
     return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
 
@@ -155,6 +181,24 @@ _library.define(
     fake=lambda *_: None,
     reference=_grad_,
     overloads=_OVERLOADS,
+)
+_library.define(
+    "channel_norm",
+    "(Tensor moments, float count, float eps, Tensor(a!)? running_mean, Tensor(b!)? running_var, float factor) -> Tensor",
+    fake=lambda moments, *_: moments.new_empty((3, moments.shape[1])),
+    reference=_norm,
+)
+_library.define(
+    "channel_affine",
+    "(Tensor norm, Tensor? weight, Tensor? bias) -> Tensor",
+    fake=lambda norm, *_: torch.empty_like(norm),
+    reference=_affine,
+)
+_library.define(
+    "channel_terms",
+    "(Tensor sums, Tensor norm, Tensor affine) -> (Tensor, Tensor, Tensor)",
+    fake=lambda sums, *_: (torch.empty_like(sums), torch.empty_like(sums[0]), torch.empty_like(sums[0])),
+    reference=_terms,
 )
 
 

@@ -1,4 +1,5 @@
-"""Differentiable torch ops for training convolutional blocks, composed of `_channel_ops`, `_depthwise_ops` and `_pointwise_ops`.
+"""Differentiable torch ops for training convolutional blocks, composed of `_channel_ops`, `_depthwise_ops`, `_after_ops` and
+`_pointwise_ops`.
 
 Batch norm and the activation live in the op that reads the convolution's output, so that output is all that is saved; backward
 recomputes the rest and forms the convolution's incoming gradient, batch statistics' share included, in two passes.
@@ -15,27 +16,39 @@ none themselves. `group` names a process group of `_groups` whose processes shar
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyops import _library
-from pyops.ops import _activations, _channel_ops, _depthwise_ops, _groups, _pointwise_ops  # noqa: F401  (registers the ops they use)
+from pyops.ops import _activations, _after_ops, _channel_ops, _depthwise_ops, _groups, _pointwise_ops  # noqa: F401  (registers their ops)
 from pyops.ops._pointwise_ops import image_of, rows_of
+
+_PARTS = (
+    "channel_moments", "channel_apply", "channel_sums", "channel_reduce", "channel_grad", "channel_grad_",
+    "depthwise_infer", "depthwise_bwd", "depthwise_after", "depthwise_after_bwd", "pointwise_run",
+)  # fmt: skip
+_SMALL = ("channel_norm", "channel_affine", "channel_terms")  # whose default overload serves every backend
 
 
 class Kernels:
-    """The ops of one overload."""
+    """The ops of one overload, by name; `define` adds the ``_fwd`` ones."""
 
     def __init__(self, overload: str):
-        self.overload = overload
+        for name in _PARTS:
+            setattr(self, name, getattr(getattr(torch.ops.pyops, name), overload))
+        for name in _SMALL:
+            setattr(self, name, getattr(torch.ops.pyops, name).default)
 
-    def __getattr__(self, name: str):
-        op = getattr(getattr(torch.ops.pyops, name), self.overload)
-        setattr(self, name, op)  # looked up once
-        return op
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Callable: ...
+
+
+KERNELS = {overload: Kernels(overload) for overload in ("default", "triton")}
 
 
 class Norm(NamedTuple):
@@ -46,23 +59,15 @@ class Norm(NamedTuple):
     group: str
 
     @staticmethod
-    def of(norm: Tensor | None, weight: Tensor | None, bias: Tensor | None, group: str) -> Norm | None:
-        if norm is None:
-            return None
-        mean, scale, _ = norm
-        scale = scale if weight is None else scale * weight
-        return Norm(norm, torch.stack([mean, scale, torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)]), group)
+    def of(k: Kernels, norm: Tensor | None, weight: Tensor | None, bias: Tensor | None, group: str) -> Norm | None:
+        return None if norm is None else Norm(norm, k.channel_affine(norm, weight, bias), group)
 
-    def terms(self, sums: Tensor) -> Tensor:
-        """What the batch statistics' share takes from the input's gradient: `channel_grad`'s terms."""
-        _, rstd, inverse_count = self.statistics
-        if self.group:
-            sums = _groups.summed(sums, self.group)
-        first = sums * (self.affine[1] * inverse_count)
-        return torch.stack([first[0], first[1] * rstd.square()])
-
-    def parameter_gradients(self, sums: Tensor) -> tuple[Tensor, Tensor]:
-        return sums[1] * self.statistics[1], sums[0].clone()
+    def terms(self, k: Kernels, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(what the batch statistics' share takes from the input's gradient: `channel_grad`'s terms; weight's gradient; bias's)"""
+        if not self.group:
+            return k.channel_terms(sums, self.statistics, self.affine)
+        own = k.channel_terms(sums, self.statistics, self.affine)
+        return k.channel_terms(_groups.summed(sums, self.group), self.statistics, self.affine)[0], *own[1:]
 
 
 def _nothing(like: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -80,34 +85,43 @@ def _backward_of_input(k, grad, input, norm: Norm | None, gate, offset, activati
             k.channel_grad_(grad, input, None, None, None, None, gate, offset, activation, slope)
         return grad, *_nothing(input, 2)
     sums = k.channel_reduce(grad, input, norm.affine, None, None, gate, offset, activation, slope)
-    k.channel_grad_(grad, input, norm.affine, norm.terms(sums), None, None, gate, offset, activation, slope)
-    return grad, *norm.parameter_gradients(sums)
+    terms, *grads = norm.terms(k, sums)
+    k.channel_grad_(grad, input, norm.affine, terms, None, None, gate, offset, activation, slope)
+    return grad, *grads
 
 
 # ---------------------------------------------------------------------------------------------------------- batch norm + activation
 
 
 def _batch_norm_act(k, input, norm, weight, bias, keep, residual, activation, slope, group):
-    affine = Norm.of(norm, weight, bias, group).affine
-    return k.channel_apply(input, affine, keep, residual, None, None, activation, slope)
+    return k.channel_apply(input, k.channel_affine(norm, weight, bias), keep, residual, None, None, activation, slope)
 
 
 def _batch_norm_act_backward(k, grad, input, norm, weight, bias, keep, residual, activation, slope, group, needs_residual):
-    norm = Norm.of(norm, weight, bias, group)
+    norm = Norm.of(k, norm, weight, bias, group)
     sums = k.channel_reduce(grad, input, norm.affine, keep, residual, None, None, activation, slope)
+    terms, *grads = norm.terms(k, sums)
     rest = (keep, residual, None, None, activation, slope, needs_residual and activation != 0)
-    grad_input, grad_residual = k.channel_grad(grad, input, norm.affine, norm.terms(sums), *rest)
-    return grad_input, *norm.parameter_gradients(sums), grad_residual
+    grad_input, grad_residual = k.channel_grad(grad, input, norm.affine, terms, *rest)
+    return grad_input, *grads, grad_residual
 
 
 # ------------------------------------------------------------------------------------------------------------ depthwise convolution
 
 
 def _depthwise(k, input, weight, norm, bn_weight, bn_bias, stride, padding, dilation, activation, slope, group):
-    norm = Norm.of(norm, bn_weight, bn_bias, group)
-    a = _activated(k, input, norm, None, activation, slope)
-    output, _ = k.depthwise_infer(a, weight, None, None, stride, padding, dilation, 0, 0.0, False)
+    norm = Norm.of(k, norm, bn_weight, bn_bias, group)
+    if norm is None and activation == 0:
+        output, _ = k.depthwise_infer(input, weight, None, None, stride, padding, dilation, 0, 0.0, False)
+    else:
+        affine = _identity(input) if norm is None else norm.affine
+        output = k.depthwise_after(input, affine, activation, slope, weight, stride, padding, dilation)
     return output, k.channel_moments(output)
+
+
+def _identity(input) -> Tensor:
+    zeros = input.new_zeros(input.shape[1], dtype=_channel_ops.vector_dtype(input.dtype))
+    return torch.stack([zeros, zeros + 1, zeros])
 
 
 def _activated(k, input, norm: Norm | None, gate, activation, slope) -> Tensor:
@@ -117,12 +131,14 @@ def _activated(k, input, norm: Norm | None, gate, activation, slope) -> Tensor:
 
 
 def _depthwise_backward(k, grad, input, weight, norm, bn_weight, bn_bias, stride, padding, dilation, activation, slope, group):
-    norm = Norm.of(norm, bn_weight, bn_bias, group)
-    a = _activated(k, input, norm, None, activation, slope)
-    found = k.depthwise_bwd(grad, None, a, weight, None, None, stride, padding, dilation, 0, 0.0, True, True)
-    del a
-    grad_input, *grads = _backward_of_input(k, found[0], input, norm, None, None, activation, slope)
-    return grad_input, found[1], *grads
+    norm = Norm.of(k, norm, bn_weight, bn_bias, group)
+    if norm is None and activation == 0:
+        grad_input, grad_weight, *_ = k.depthwise_bwd(grad, None, input, weight, None, None, stride, padding, dilation, 0, 0.0, True, True)
+        return grad_input, grad_weight, *_nothing(input, 2)
+    affine = _identity(input) if norm is None else norm.affine
+    found, grad_weight = k.depthwise_after_bwd(grad, input, affine, activation, slope, weight, stride, padding, dilation)
+    grad_input, *grads = _backward_of_input(k, found, input, norm, None, None, activation, slope)
+    return grad_input, grad_weight, *grads
 
 
 # ----------------------------------------------------------------------------------- 1x1 convolution, perhaps after squeeze-excitation
@@ -162,12 +178,13 @@ def positions(image: Tensor) -> int:
 def _pointwise(
     k, input, weight, norm, bn_weight, bn_bias, fc1, bias1, fc2, bias2, activation, slope, squeeze_activation, gate_activation, group
 ):  # fmt: skip
-    norm = Norm.of(norm, bn_weight, bn_bias, group)
+    norm = Norm.of(k, norm, bn_weight, bn_bias, group)
     gate, means = None, input.new_empty(0, dtype=_channel_ops.vector_dtype(input.dtype))
     if fc1 is not None:
         means = k.channel_sums(input, None, _affine(norm), None, None, activation, slope) / positions(input)
         gate = Squeeze(fc1, bias1, fc2, bias2, squeeze_activation, gate_activation).run(means)[2]
-    run = k.pointwise_run(input, weight, None, _affine(norm), gate, activation, slope, None, None, None, 0, 0.0, True)
+    tf32 = _pointwise_ops.tf32_allowed(input)
+    run = k.pointwise_run(input, weight, None, _affine(norm), gate, activation, slope, None, None, None, 0, 0.0, True, tf32)
     return *run, means
 
 
@@ -175,7 +192,7 @@ def _pointwise_backward(
     k, grad, input, weight, norm, bn_weight, bn_bias, fc1, bias1, fc2, bias2, means, activation, slope, squeeze_activation,
     gate_activation, group, needs_input,
 ):  # fmt: skip
-    norm = Norm.of(norm, bn_weight, bn_bias, group)
+    norm = Norm.of(k, norm, bn_weight, bn_bias, group)
     squeeze = None if fc1 is None else Squeeze(fc1, bias1, fc2, bias2, squeeze_activation, gate_activation)
     gate = None if squeeze is None else squeeze.run(means)[2]
     rows = rows_of(grad)
@@ -262,12 +279,31 @@ def _composed(function, k: Kernels):
     return call
 
 
+def _direct(name: str, forward, run_backward, setup_context, autograd) -> Callable:
+    """The op as a function that torch.library's own autograd (about 0.1 ms a step) does not stand in the way of; not for the compiler."""
+
+    def forward_static(ctx, *args):
+        output = forward(*args)
+        setup_context(ctx, args, output)
+        if isinstance(output, tuple):
+            ctx.mark_non_differentiable(*output[1:])
+        return output
+
+    body = dict(forward=staticmethod(forward_static), backward=staticmethod(lambda ctx, *grads: autograd(ctx, run_backward, *grads)))
+    return type(f"pyops_{name}", (torch.autograd.Function,), body).apply
+
+
+def _either(registered, direct) -> Callable:
+    return lambda *args: registered(*args) if torch.compiler.is_compiling() else direct(*args)
+
+
 def define(name: str, schema: str, results: str, fake, forward, setup_context, autograd, backward: tuple) -> None:
     """A differentiable op and its backward op, for both overloads."""
     backward_schema, fake_backward, run_backward = backward
     for overload in ("default", "triton"):
-        k = Kernels(overload)
+        k = KERNELS[overload]
         compose, compose_backward = _composed(forward, k), _composed(run_backward, k)
+        direct = _direct(name, compose, compose_backward, setup_context, autograd)
         plain = overload == "default"
         overloads = ("" if plain else overload,)
         _library.define(
@@ -283,6 +319,8 @@ def define(name: str, schema: str, results: str, fake, forward, setup_context, a
             backward=lambda ctx, *grads, op=op: autograd(ctx, op, *grads),
             overloads=overloads,
         )
+        registered = getattr(getattr(torch.ops.pyops, f"{name}_fwd"), overload)
+        setattr(k, f"{name}_fwd", _either(registered, direct))
         if not plain:
             _library.implement(f"{name}_fwd.triton", compose, "CUDA", "CPU")  # on the CPU under TRITON_INTERPRET=1
             _library.implement(f"{name}_bwd.triton", compose_backward, "CUDA", "CPU")

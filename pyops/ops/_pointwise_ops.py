@@ -8,7 +8,8 @@
 
 Images are ``[N, C, H, W]`` whose memory is ``[N, H, W]`` positions of neighbouring channels; a position may be farther from the next
 than C (a slice of a wider buffer). weight ``[O, C]`` has input's dtype or float32; every vector is float32 (float64 for float64).
-Products are summed in float32. `a` is rounded to input's dtype where the product takes 16-bit operands.
+Products are summed in float32, of operands that `tf32` lets a GPU round where images are float32. `a` is rounded to input's dtype where
+the product takes 16-bit operands.
 
     pyops::pointwise_run   (output, moments [2, O] of output as `channel_moments` gives them, or an empty tensor)
     pyops::pointwise_into  the same, written into `output`, a slice of a wider buffer perhaps; no moments
@@ -61,13 +62,21 @@ def _output(input, weight, rows, affine, gate, input_activation, input_slope, bi
     return _activations.apply(y, activation, slope).to(input.dtype).contiguous(memory_format=torch.channels_last)
 
 
+_OPERANDS = 12  # arguments before `moments` and `tf32`
+
+
 def _run(*arguments):
-    output = _output(*arguments[:-1])
-    return output, _channel_ops._moments(output) if arguments[-1] else _vector(output, 0)
+    output = _output(*arguments[:_OPERANDS])
+    return output, _channel_ops._moments(output) if arguments[_OPERANDS] else _vector(output, 0)
 
 
 def _into(output, *arguments):
-    output.copy_(_output(*arguments))
+    output.copy_(_output(*arguments[:_OPERANDS]))
+
+
+def tf32_allowed(input: Tensor) -> bool:
+    """torch's switch for convolutions on a GPU; not while the compiler, which cannot read it, traces a call."""
+    return input.is_cuda and not torch.compiler.is_compiling() and torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def _vector(like: Tensor, *shape) -> Tensor:
@@ -77,12 +86,22 @@ def _vector(like: Tensor, *shape) -> Tensor:
 def _fake(input, weight, *options):
     N, _, H, W = input.shape
     output = torch.empty((N, weight.shape[0], H, W), dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
-    return output, _vector(input, *((2, weight.shape[0]) if options[-1] else (0,)))
+    return output, _vector(input, *((2, weight.shape[0]) if options[_OPERANDS - 2] else (0,)))
 
 
-_library.define("pointwise_run", f"({_ARGUMENTS}, bool moments) -> (Tensor, Tensor)", fake=_fake, reference=_run, overloads=("", "triton"))
 _library.define(
-    "pointwise_into", f"(Tensor(a!) output, {_ARGUMENTS}) -> ()", fake=lambda *_: None, reference=_into, overloads=("", "triton")
+    "pointwise_run",
+    f"({_ARGUMENTS}, bool moments, bool tf32=False) -> (Tensor, Tensor)",
+    fake=_fake,
+    reference=_run,
+    overloads=("", "triton"),
+)
+_library.define(
+    "pointwise_into",
+    f"(Tensor(a!) output, {_ARGUMENTS}, bool tf32=False) -> ()",
+    fake=lambda *_: None,
+    reference=_into,
+    overloads=("", "triton"),
 )
 
 

@@ -77,7 +77,7 @@ def batch_norm_act(
         return output if input.dim() == 4 else output.reshape(input.shape)
     if name == "eager":
         raise ValueError(f"{OP}: process_group: needs pyops' kernels; torch.nn.SyncBatchNorm is PyTorch's own")
-    kernels = _fused_ops.Kernels(_conv_call.overload(name))
+    kernels = _fused_ops.KERNELS[_conv_call.overload(name)]
     if use_batch:
         count = image.numel() // max(1, image.shape[1])
         norm = statistics_of(kernels.channel_moments(image.detach()), count, eps, group, running, factor)
@@ -93,18 +93,20 @@ def statistics_of(moments: Tensor, count: int, eps: float, group: str, running: 
 
     Raises ValueError for a single value per channel, as torch.nn.functional.batch_norm does.
     """
+    if not group and count == 1:
+        raise ValueError(f"{OP}: input: expected more than 1 value per channel when training")
+    running = (None, None) if factor is None or not count else running
+    moments = moments.detach()
+    if not group and not isinstance(factor, Tensor):
+        return torch.ops.pyops.channel_norm.default(moments, count, eps, *running, factor or 0.0)
+    total = count
     if group:
         moments, total = _groups.merged_moments(moments, count, group)
-    else:
-        if count == 1:
-            raise ValueError(f"{OP}: input: expected more than 1 value per channel when training")
-        total = count
     mean, squares = moments
-    if running[0] is not None and factor is not None and count > 0:
-        with torch.no_grad():
-            for kept, new in zip(running, (mean, squares / (total - 1)), strict=True):
-                kept.copy_(kept + (new - kept) * factor)
-    inverse = mean.new_full(mean.shape, 1.0 / max(1, total)) if not group else (1.0 / total).to(mean.dtype).expand_as(mean)
+    if running[0] is not None:
+        for kept, new in zip(running, (mean, squares / (total - 1)), strict=True):
+            kept.copy_(kept + (new - kept) * factor)
+    inverse = (torch.as_tensor(1.0, device=mean.device) / total).to(mean.dtype).expand_as(mean)
     return torch.stack([mean, torch.rsqrt(squares * inverse + eps), inverse])
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyops import _backends
-from pyops.ops import _activations, _conv_call, _fused_ops
+from pyops.ops import _activations, _conv_call, _fused_ops, _pointwise_ops
 
 OP = "pointwise_conv"
 
@@ -103,11 +103,11 @@ def _run(name, input, weight, bias, layer_norm, scale, shift, before, gate, keep
     arguments = (
         input, weight, rows, affine, vector(gate), before, slope, vector(bias), vector(keep), residual, after, slope
     )  # fmt: skip
-    overload = _conv_call.overload(name)
+    overload, tf32 = _conv_call.overload(name), _pointwise_ops.tf32_allowed(input)
     if out is not None:
-        getattr(torch.ops.pyops.pointwise_into, overload)(out, *arguments)
+        getattr(torch.ops.pyops.pointwise_into, overload)(out, *arguments, tf32)
         return out
-    output, _ = getattr(torch.ops.pyops.pointwise_run, overload)(*arguments, False)
+    output, _ = getattr(torch.ops.pyops.pointwise_run, overload)(*arguments, False, tf32)
     return output.contiguous() if _is_nchw(input) else output
 
 
@@ -116,7 +116,7 @@ def _is_nchw(t: Tensor) -> bool:
 
 
 def _differentiable(name, input, weight, bias, scale, shift, before, gate, keep, residual, after, slope) -> Tensor:
-    kernels = _fused_ops.Kernels(_conv_call.overload(name))
+    kernels = _fused_ops.KERNELS[_conv_call.overload(name)]
     if gate is not None:
         norm = _identity(input.shape[1], input)
         input = (

@@ -53,8 +53,8 @@ def squeeze_excite(
         found = input.mean((2, 3), dtype=_channel_ops.vector_dtype(input.dtype)) if means is None else means
         gate = _fused_ops.Squeeze(*layers, *numbers).run(found)[2]
         return input * gate.to(input.dtype)[:, :, None, None]
-    op = getattr(torch.ops.pyops.squeeze_excite_fwd, _conv_call.overload(name))
-    return _conv_call.in_layout_of(op(input, *layers, means, *numbers)[0], input)
+    output, _ = _fused_ops.KERNELS[_conv_call.overload(name)].squeeze_excite_fwd(input, *layers, means, *numbers)
+    return _conv_call.in_layout_of(output, input)
 
 
 def _check(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, means) -> None:

@@ -2,11 +2,9 @@
 // -fsanitize=address,undefined. Each case runs twice, under two schedules; the results must be the same to the bit. Prints one line and
 // returns 0, or fails.
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <vector>
 
 #include "../../csrc/conv/depthwise.cuh"
+#include "exact_buffers.h"
 
 using namespace pyops;
 using namespace pyops::conv;
@@ -22,34 +20,6 @@ DepthwiseShape shape(int N, int C, int H, int W, int KH, int KW, int stride, int
   auto out = [&](int size, int k) { return (size + 2 * pad - dilation * (k - 1) - 1) / stride + 1; };
   return {N, H, W, C, out(H, KH), out(W, KW), KH, KW, stride, stride, pad, pad, dilation, dilation};
 }
-
-class Buffers {  // an allocation each: the sanitizer guards both ends
- public:
-  ~Buffers() {
-    for (void* p : all_) std::free(p);
-  }
-  void* raw(size_t bytes) {  // poisoned with NaN
-    all_.push_back(std::memset(std::malloc(bytes ? bytes : 1), 0xFF, bytes));
-    return all_.back();
-  }
-  void* filled(int64_t count, DType dtype) {
-    uint32_t state = 1;
-    auto* values = static_cast<unsigned char*>(raw(static_cast<size_t>(count) * (dtype == DType::f32 ? 4 : 2)));
-    for (int64_t i = 0; i < count; ++i) {
-      state = state * 1664525u + 1013904223u;
-      const float value = static_cast<float>(state >> 8) / 8388608.f - 1.f;
-      if (dtype == DType::f32) std::memcpy(values + 4 * i, &value, 4);
-      else {
-        const uint16_t bits = dtype == DType::bf16 ? ptx::float_to_bf16(value) : ptx::float_to_f16(value);
-        std::memcpy(values + 2 * i, &bits, 2);
-      }
-    }
-    return values;
-  }
-
- private:
-  std::vector<void*> all_;
-};
 
 std::vector<unsigned char> run(const Case& c, DType dtype, DType weight_dtype, uint64_t seed) {
   host::machine().seed = seed;

@@ -3,7 +3,9 @@
 
 #include "../../csrc/common/cuda_registry.h"
 #include "../../csrc/common/launch.cuh"
+#include "../../csrc/conv/channel_cuda.h"
 #include "../../csrc/conv/depthwise_cuda.h"
+#include "../../csrc/conv/pointwise_cuda.h"
 #include "../../csrc/rnn/scan.cuh"
 
 using namespace pyops;
@@ -82,6 +84,36 @@ int host_depthwise_forward(const conv::DepthwiseForward* p, void* workspace, cha
 
 int host_depthwise_backward(const conv::DepthwiseBackward* p, void* workspace, char* error, int error_bytes) {
   return guarded(error, error_bytes, [&] { conv::depthwise_backward(*p, workspace, nullptr); });
+}
+
+// op: moments, apply, totals, reduce, gradient.
+int host_channel_workspace(int op, const conv::Channelwise* p, int64_t* bytes, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] {
+    *bytes = static_cast<int64_t>(op == 0   ? conv::channel_moments_workspace(*p)
+                                  : op == 2 ? conv::channel_totals_workspace(*p)
+                                  : op == 3 ? conv::channel_reduce_workspace(*p)
+                                            : 0);
+  });
+}
+
+int host_channel(int op, const conv::Channelwise* p, void* workspace, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] {
+    switch (op) {
+      case 0: return conv::channel_moments(*p, workspace, nullptr);
+      case 1: return conv::channel_apply(*p, nullptr);
+      case 2: return conv::channel_totals(*p, workspace, nullptr);
+      case 3: return conv::channel_reduce(*p, workspace, nullptr);
+      default: return conv::channel_gradient(*p, nullptr);
+    }
+  });
+}
+
+int host_pointwise_workspace(const conv::Pointwise* p, int64_t* bytes, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { *bytes = static_cast<int64_t>(conv::pointwise_workspace(*p)); });
+}
+
+int host_pointwise(const conv::Pointwise* p, void* workspace, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { conv::pointwise_run(*p, workspace, nullptr); });
 }
 
 // The names, one per line, of kernels that were launched on the host and are not in the registry. Returns the text's length.

@@ -43,7 +43,7 @@ class Builder:
         """Of every header in the tree that the source belongs to: the checkout, or a copy of it with a planted fault."""
         root = next((parent for parent in source.parents if (parent / "csrc").is_dir()), ROOT)
         if root not in self.headers:
-            found = sorted([*(root / "csrc").glob("**/*.cuh"), *(root / "csrc").glob("**/*.h")])
+            found = sorted([*(root / "csrc").glob("**/*.cuh"), *(root / "csrc").glob("**/*.h"), *DRIVER.glob("*.h")])
             self.headers[root] = hashlib.sha256(b"".join(header.read_bytes() for header in found)).digest()
         return self.headers[root]
 

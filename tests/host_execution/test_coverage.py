@@ -8,11 +8,17 @@ import pytest
 from pyops import kernels as budgets
 
 from ..budgets import differences
-from . import depthwise, rnn
+from . import channel, depthwise, pointwise, rnn
 from .harness import ROOT, kernel_sources, kernel_table
 
+
+def every_convolution(library):
+    for operation in (channel, depthwise, pointwise):
+        operation.every_kernel(library)
+
+
 # by family, the folder in csrc/: launches each instance of each of its kernels
-EVERY_KERNEL = {"conv": depthwise.every_kernel, "rnn": rnn.every_kernel}
+EVERY_KERNEL = {"conv": every_convolution, "rnn": rnn.every_kernel}
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,8 @@ register(
         family="conv",
         ops=(
             "batch_norm_act_fwd", "batch_norm_act_bwd", "channel_moments", "channel_apply", "channel_sums", "channel_reduce",
-            "channel_grad", "channel_grad_", "depthwise_train_fwd", "depthwise_train_bwd",
+            "channel_grad", "channel_grad_", "channel_norm", "channel_affine", "channel_terms",
+            "depthwise_train_fwd", "depthwise_train_bwd", "depthwise_after", "depthwise_after_bwd",
         ),
         samples=NORM_SAMPLES,
         errors=_norm_errors(),

@@ -1,0 +1,17 @@
+// The 1x1 convolution on a GPU: what the torch glue calls. Plain C++, no CUDA header needed.
+#pragma once
+#include <cstddef>
+
+#include "pointwise.h"
+
+typedef struct CUstream_st* cudaStream_t;
+
+namespace pyops::conv {
+
+// For the current device. `workspace`: as many bytes as asked for with the same block, 256-byte aligned, contents of no matter. All
+// work is queued on `stream`: nothing is allocated, nothing waits, capturable into a CUDA graph. Throws std::runtime_error on a CUDA
+// error, or for more than 2^30 positions or channels. The same call on the same device gives the same bits.
+size_t pointwise_workspace(const Pointwise& p);
+void pointwise_run(const Pointwise& p, void* workspace, cudaStream_t stream);
+
+}  // namespace pyops::conv

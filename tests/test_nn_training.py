@@ -1,0 +1,244 @@
+"""Training of the convolution modules: gradients against float64, batch norm's bookkeeping, memory, processes that share statistics."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyops
+from pyops import _library
+from pyops.nn import ConvBNAct, FusedMBConv, MBConv, SqueezeExcitation
+
+from .conftest import assert_gate
+
+kernels = pytest.mark.skipif(_library.not_loaded_reason() is not None, reason=str(_library.not_loaded_reason()))
+BLOCKS = {
+    "mbconv": (lambda: MBConv(16, 16, 3, 1, 6, drop_path=0.3), (4, 16, 9, 8)),
+    "stride": (lambda: MBConv(12, 20, 5, 2, 4), (4, 12, 9, 8)),
+    "no_expansion": (lambda: MBConv(13, 13, 3, 1, 1), (4, 13, 7, 9)),
+    "no_squeeze": (lambda: MBConv(13, 24, 3, 1, 3, squeeze_channels=0, activation="relu6"), (4, 13, 7, 9)),
+    "fused": (lambda: FusedMBConv(16, 16, 3, 1, 4, drop_path=0.2), (4, 16, 9, 8)),
+    "fused_one": (lambda: FusedMBConv(16, 16, 3, 1, 1), (4, 16, 9, 8)),
+    "pointwise": (lambda: ConvBNAct(16, 24, 1, activation="hardswish"), (4, 16, 9, 8)),
+    "depthwise": (lambda: ConvBNAct(16, 16, 3, 2, groups=16), (4, 16, 9, 8)),
+    "dense": (lambda: ConvBNAct(16, 24, 3, 2), (4, 16, 9, 8)),
+    "squeeze": (lambda: SqueezeExcitation(16, 4), (4, 16, 9, 8)),
+}
+blocks = pytest.mark.parametrize("name", BLOCKS)
+
+
+def build(name: str):
+    make, shape = BLOCKS[name]
+    torch.manual_seed(0)
+    block = make()
+    for part in block.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(part.weight, 1.0, 0.3)
+            torch.nn.init.normal_(part.bias)
+    return block, shape
+
+
+def as_eager(block):
+    """A copy whose layers are PyTorch's: a hook on a part keeps the kernels out."""
+    twin = copy.deepcopy(block)
+    for part in twin.modules():
+        part.register_forward_hook(lambda *_: None)
+    return twin
+
+
+def image(shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).contiguous(memory_format=torch.channels_last)
+
+
+def step(block, x):
+    """Output, gradients and running statistics of one step."""
+    x = x.clone(memory_format=torch.channels_last).requires_grad_()
+    torch.manual_seed(3)  # drop path
+    y = block(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype))
+    running = [b for name, b in block.named_buffers() if "running" in name]
+    grads = [x.grad, *(p.grad for p in block.parameters())]
+    for p in block.parameters():
+        p.grad = None
+    return [y.detach(), *grads, *running]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@blocks
+def test_against_float64(name, training):
+    block, shape = build(name)
+    block.train(training)
+
+    def draw(seed):
+        x = image(shape, seed)
+        truth = step(as_eager(block).double(), x.double())
+        return step(copy.deepcopy(block), x), truth, step(as_eager(block), x)
+
+    assert_gate(draw, torch.float32, gradient=True)
+
+
+@kernels
+@blocks
+def test_the_kernels_do_run(name):
+    """Neither PyTorch's batch norm nor its activations in a training step."""
+    block, shape = build(name)
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        block(image(shape).requires_grad_()).sum().backward()
+    assert not any("batch_norm" in op and "pyops" not in op for op in seen), seen
+    assert any(op.startswith("pyops") for op in seen)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_are_torchs_after_many_steps(momentum):
+    torch.manual_seed(0)
+    block = MBConv(8, 8, 3, 1, 4, momentum=momentum)
+    twin = as_eager(block)
+    for seed in range(20):
+        x = image((3, 8, 7, 6), seed)
+        block(x), twin(x)
+    for (name, found), expected in zip(block.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_momentum_none_of_the_function():
+    x, mean, var, count = image((4, 8, 5, 5)), torch.zeros(8), torch.ones(8), torch.tensor(0)
+    twin = torch.nn.BatchNorm2d(8, momentum=None)
+    for seed in range(5):
+        x = image((4, 8, 5, 5), seed)
+        pyops.batch_norm_act(x, mean, var, training=True, momentum=None, num_batches_tracked=count)
+        twin(x)
+    torch.testing.assert_close([mean, var, count], [twin.running_mean, twin.running_var, twin.num_batches_tracked])
+
+
+@kernels
+def test_saved_for_backward():
+    """The convolutions' outputs and the input: 6 + 6 + 1 + 1 units of the input's size, where PyTorch keeps about 44."""
+    block, x = MBConv(16, 16, 3, 1, 6), image((4, 16, 32, 32))
+
+    def kept(block):
+        storages = {}
+
+        def pack(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = block(x.clone(memory_format=torch.channels_last).requires_grad_())
+        y.sum()
+        return sum(storages.values()) / (x.numel() * 4)
+
+    ours, eager = kept(block), kept(as_eager(block))
+    assert ours < 14.5, ours
+    assert eager > 30, eager
+
+
+def test_autocast():
+    block, shape = build("mbconv")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = block(image(shape)), as_eager(block)(image(shape))
+        assert found.dtype == expected.dtype
+        found.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in block.parameters())
+
+
+@blocks
+def test_fullgraph(name):
+    block, shape = build(name)
+    block.stochastic_depth = pyops.nn.DropPath(0.0)
+    x = image(shape)
+    torch._dynamo.reset()
+    twin = copy.deepcopy(block)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(step(compiled, x), step(block, x), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@kernels
+def test_gradients_of_gradients_are_refused():
+    block, shape = build("pointwise")
+    x = image(shape).requires_grad_()
+    with pytest.raises(NotImplementedError, match='ask for backend="eager"'):
+        torch.autograd.grad(block(x).sum(), x, create_graph=True)
+    block.backend = "eager"
+    (grad,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    grad.sum().backward()
+
+
+@pytest.mark.parametrize("N", [0, 1])
+def test_small_batches(N):
+    block, (_, *rest) = build("stride")
+    x = image((N, *rest)).requires_grad_()
+    if N == 0:
+        block.eval()
+        assert block(x).shape == (0, 20, 5, 4)
+        return
+    block(x).sum().backward()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        ConvBNAct(4, 4, 1)(torch.randn(1, 4, 1, 1))
+
+
+# ------------------------------------------------------------------------------------------------------- several processes
+
+
+def _process(rank: int, file: str, results) -> None:
+    """One of two processes, each with its share of a batch."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    block = torch.nn.SyncBatchNorm.convert_sync_batchnorm(MBConv(8, 8, 3, 1, 4))
+    x = image((5, 8, 6, 6))[:2] if rank == 0 else image((5, 8, 6, 6))[2:]
+    reduced = []
+    plain = torch.distributed.all_reduce
+
+    def counted(t, *args, **kwargs):
+        reduced.append(t.numel())
+        return plain(t, *args, **kwargs)
+
+    torch.distributed.all_reduce = counted
+    found = step(block, x)
+    group = torch.distributed.group.WORLD
+    y = pyops.batch_norm_act(x, None, None, training=True, activation="silu", process_group=group)
+    results.put((rank, [t.numpy() for t in [*found, y]], reduced))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@kernels
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
+def test_two_processes_share_their_statistics(tmp_path):
+    """SyncBN: two processes with unequal shares of a batch get what one process with the whole batch gets; one all-reduce each way."""
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [context.Process(target=_process, args=(rank, str(tmp_path / "store"), results)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    parts = sorted(results.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join(60)
+    torch.manual_seed(0)
+    whole, x = MBConv(8, 8, 3, 1, 4), image((5, 8, 6, 6))
+    twin = copy.deepcopy(whole)
+    cotangents = [torch.randn(n, 8, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float() for n in (2, 3)]
+    x.requires_grad_()
+    y = twin(x)
+    y.backward(torch.cat(cotangents))
+    (first, (y0, dx0, *grads0), reduced), (_, (y1, dx1, *grads1), _) = parts
+    assert first == 0 and reduced == [2 * 32 + 1, 2 * 32 + 1, 2 * 8 + 1, 2 * 8, 2 * 32, 2 * 32, 2 * 8 + 1]
+    close = dict(rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([torch.from_numpy(y0), torch.from_numpy(y1)]), y.detach(), **close)
+    torch.testing.assert_close(torch.cat([torch.from_numpy(dx0), torch.from_numpy(dx1)]), x.grad, **close)
+    count = len(list(twin.parameters()))
+    for a, b, p in zip(grads0[:count], grads1[:count], twin.parameters(), strict=True):  # each process has its share of the sum
+        torch.testing.assert_close(torch.from_numpy(a + b), p.grad, rtol=1e-3, atol=1e-4)
+    for a, expected in zip(grads0[count:-1], [b for name, b in twin.named_buffers() if "running" in name], strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), expected, **close)
+    expected = pyops.batch_norm_act(x.detach(), None, None, training=True, activation="silu")
+    torch.testing.assert_close(torch.cat([torch.from_numpy(grads0[-1]), torch.from_numpy(grads1[-1])]), expected, **close)
