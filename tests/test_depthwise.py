@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import pyops
 from pyops import _library
-from pyops.ops import _after_ops
+from pyops.ops import _composed_ops
 from pyops.ops._activations import NAMES
 from pyops.ops.depthwise_conv import fold
 from pyops.testing import SPECS
@@ -133,7 +133,7 @@ def test_convolution_after_batch_norm(kernel, stride, dilation, activation, dtyp
     found = torch.ops.pyops.depthwise_after(x, affine, number, 0.0, weight, *shape)
     grad = torch.randn(found.shape, generator=g).to(dtype)
     grads = torch.ops.pyops.depthwise_after_bwd(grad, x, affine, number, 0.0, weight, *shape)
-    forward, backward = _after_ops._compose("default")
+    forward, backward, _ = _composed_ops._compose("default")
     expected = [forward(x, affine, number, 0.0, weight, *shape), *backward(grad, x, affine, number, 0.0, weight, *shape)]
     for a, b in zip([found, *grads], expected, strict=True):
         if dtype == torch.float32:

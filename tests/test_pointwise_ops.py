@@ -127,6 +127,31 @@ def test_same_bits_on_any_number_of_threads(size, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(_library.not_loaded_reason() is not None, reason="needs the compiled kernels")
+@pytest.mark.parametrize("activation", ["none", "silu", "sigmoid"])
+@pytest.mark.parametrize("parts", [(), ("affine",), ("gate",), ("affine", "gate")], ids=lambda p: "+".join(p) or "plain")
+@sizes
+def test_backward_in_one_pass(size, parts, activation):
+    args = draw(size, torch.float32, "cpu", set(parts))
+    x, weight, _, affine, gate = args[:5]
+    grad = torch.randn(size[0], size[4], *size[2:4], generator=torch.Generator().manual_seed(1)).contiguous(
+        memory_format=torch.channels_last
+    )
+    options = (affine, gate, NAMES.index(activation), 0.1)
+    a = _channel_ops._apply(x.double(), *double([affine, None, None, None, None]), *options[2:])
+    gated = a if gate is None else a * gate.double()[:, :, None, None]
+    expected_a = torch.einsum("nohw,oc->nchw", grad.double(), weight.double())
+    expected = (expected_a, torch.einsum("nohw,nchw->oc", grad.double(), gated), (expected_a * a).sum((2, 3)))
+    found = ops.pointwise_back(grad, x, weight, *options, True, True)
+    for result, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(result.double(), truth, rtol=2e-5, atol=2e-6 * float(truth.abs().max()))
+    nothing, weight_only, _ = ops.pointwise_back(grad, x, weight, *options, False, True)
+    assert nothing.numel() == 0 and torch.equal(weight_only, found[1])
+    torch.library.opcheck(
+        ops.pointwise_back.default, (grad, x, weight, *options, True, True), test_utils=("test_schema", "test_faketensor")
+    )
+
+
 @devices
 def test_opcheck(device):
     for moments in (False, True):

@@ -32,12 +32,12 @@ const Kernels& kernels() {
 }  // namespace
 
 ChannelPlan plan_channels(int64_t N, int64_t P, int64_t C) {
-  constexpr int64_t kRow = 512, kItem = 32768, kPerThread = 16384;  // elements; the last: about 5 us
+  constexpr int64_t kRow = 512, kItem = 16384;  // elements; the last: about 5 us
   ChannelPlan plan{};
   const int64_t c = std::max<int64_t>(C, 1);
   plan.group = std::clamp<int64_t>(kRow / c, 1, std::max<int64_t>(P, 1));
   plan.bands = std::clamp<int64_t>(P * c / kItem, 1, std::max<int64_t>(P, 1));
-  plan.chunks = std::clamp<int64_t>(std::min(N * plan.bands, N * P * c / kPerThread), 1, 32);
+  plan.chunks = std::clamp<int64_t>(std::min(N * plan.bands, N * P * c / kItem), 1, 32);
   plan.threads = static_cast<int>(std::min<int64_t>(cpu::max_threads(), plan.chunks));
   return plan;
 }

@@ -153,7 +153,7 @@ struct MBConvPass {
           out[r] = to + column * kBlock;
           if (++column == p.W) column = 0, to = ring_row(c, ++y) + pad * kBlock;
         }
-        gemm_tile(static_cast<int>(n), blocks, a, w, at.expand_lanes * kBlock, k0, k1, out, width * kBlock);
+        gemm_tile(static_cast<int>(n), blocks, a, w, at.expand_lanes * kBlock, k0, k1, out, width * kBlock, k0 > 0);
       }
     }
     with_activation(p.activation, [&](auto activation) {
@@ -360,7 +360,7 @@ struct MBConvPass {
         const E* a[8];
         float* out[8];
         for (int64_t r = 0; r < n; ++r) a[r] = crew.lead.y + (row0 + i + r) * ldy, out[r] = crew.own.tile + (i + r) * blocks * kBlock;
-        gemm_tile(static_cast<int>(n), blocks, a, w, at.project_lanes * kBlock, k0, k1, out, kBlock);
+        gemm_tile(static_cast<int>(n), blocks, a, w, at.project_lanes * kBlock, k0, k1, out, kBlock, k0 > 0);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {

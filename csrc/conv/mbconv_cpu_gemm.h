@@ -18,7 +18,7 @@ constexpr int kMaxBlocks = 4;
 
 template <int R, int NV, class E>
 [[gnu::noinline]] void block_tile(const E* const* a, const float* weights, int64_t block_stride, int64_t k0, int64_t k1, float* const* out,
-                                  int64_t out_block) {
+                                  int64_t out_block, bool add) {
   const float* w[NV];
   const E* rows[R];
   vf acc[R][NV];
@@ -49,47 +49,47 @@ template <int R, int NV, class E>
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < NV; ++v) {
       float* o = out[r] + v * kF / 16 * out_block + v * kF % 16;
-      store(o, k0 > 0 ? load(o) + acc[r][v] : acc[r][v]);
+      store(o, add ? load(o) + acc[r][v] : acc[r][v]);
     }
 }
 
 template <int NV, class E>
 void block_rows_of(int rows, const E* const* a, const float* w, int64_t block_stride, int64_t k0, int64_t k1, float* const* out,
-                   int64_t out_block) {
+                   int64_t out_block, bool add) {
   switch (rows) {
-    case 1: return block_tile<1, NV>(a, w, block_stride, k0, k1, out, out_block);
-    case 2: return block_tile<2, NV>(a, w, block_stride, k0, k1, out, out_block);
-    case 3: return block_tile<3, NV>(a, w, block_stride, k0, k1, out, out_block);
-    case 4: return block_tile<4, NV>(a, w, block_stride, k0, k1, out, out_block);
-    case 5: return block_tile<5, NV>(a, w, block_stride, k0, k1, out, out_block);
-    case 6: return block_tile<6, NV>(a, w, block_stride, k0, k1, out, out_block);
+    case 1: return block_tile<1, NV>(a, w, block_stride, k0, k1, out, out_block, add);
+    case 2: return block_tile<2, NV>(a, w, block_stride, k0, k1, out, out_block, add);
+    case 3: return block_tile<3, NV>(a, w, block_stride, k0, k1, out, out_block, add);
+    case 4: return block_tile<4, NV>(a, w, block_stride, k0, k1, out, out_block, add);
+    case 5: return block_tile<5, NV>(a, w, block_stride, k0, k1, out, out_block, add);
+    case 6: return block_tile<6, NV>(a, w, block_stride, k0, k1, out, out_block, add);
     case 7:
-      if constexpr (kMaxVectors == 4 && NV <= 3) return block_tile<7, NV>(a, w, block_stride, k0, k1, out, out_block);
+      if constexpr (kMaxVectors == 4 && NV <= 3) return block_tile<7, NV>(a, w, block_stride, k0, k1, out, out_block, add);
       break;
     case 8:
-      if constexpr (kMaxVectors == 4 && NV <= 3) return block_tile<8, NV>(a, w, block_stride, k0, k1, out, out_block);
+      if constexpr (kMaxVectors == 4 && NV <= 3) return block_tile<8, NV>(a, w, block_stride, k0, k1, out, out_block, add);
   }
 }
 // Rows of a tile of `blocks` blocks.
 inline int tile_rows(int blocks) { return kMaxVectors == 4 && kF == 16 && blocks <= 3 ? 8 : 6; }
 
-// At most tile_rows(blocks) rows, lanes k0 to k1 (k0 > 0 adds to `out`).
+// At most tile_rows(blocks) rows, lanes k0 to k1.
 template <class E>
 inline void gemm_tile(int rows, int blocks, const E* const* a, const float* w, int64_t block_stride, int64_t k0, int64_t k1,
-                      float* const* out, int64_t out_block) {
+                      float* const* out, int64_t out_block, bool add) {
   if constexpr (kF == 16) {
     switch (blocks) {
-      case 1: return block_rows_of<1>(rows, a, w, block_stride, k0, k1, out, out_block);
-      case 2: return block_rows_of<2>(rows, a, w, block_stride, k0, k1, out, out_block);
-      case 3: return block_rows_of<3>(rows, a, w, block_stride, k0, k1, out, out_block);
-      default: return block_rows_of<4>(rows, a, w, block_stride, k0, k1, out, out_block);
+      case 1: return block_rows_of<1>(rows, a, w, block_stride, k0, k1, out, out_block, add);
+      case 2: return block_rows_of<2>(rows, a, w, block_stride, k0, k1, out, out_block, add);
+      case 3: return block_rows_of<3>(rows, a, w, block_stride, k0, k1, out, out_block, add);
+      default: return block_rows_of<4>(rows, a, w, block_stride, k0, k1, out, out_block, add);
     }
   } else {
     float* shifted[6];
     for (int block = 0; block < blocks; ++block)
       for (int v = 0; v < 16; v += 2 * kF) {
         for (int r = 0; r < rows; ++r) shifted[r] = out[r] + block * out_block + v;
-        block_rows_of<2>(rows, a, w + block * block_stride + v, block_stride, k0, k1, shifted, out_block);
+        block_rows_of<2>(rows, a, w + block * block_stride + v, block_stride, k0, k1, shifted, out_block, add);
       }
   }
 }

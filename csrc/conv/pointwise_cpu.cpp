@@ -17,6 +17,29 @@ PointwisePlan plan_pointwise(const Pointwise& p) {
   return plan;
 }
 
+PointwiseBackwardPlan plan_pointwise_backward(const PointwiseBackward& p) {
+  const int64_t work = 2 * p.N * p.P * p.C * p.O / 400000;  // products, about 5 us
+  PointwiseBackwardPlan plan{};
+  const int64_t threads = std::clamp<int64_t>(work, 1, cpu::max_threads()), images = std::max<int64_t>(p.N, 1);
+  plan.shares = std::max<int64_t>(1, (p.P + kPointwiseTile - 1) / kPointwiseTile);
+  if (images * plan.shares < threads) plan.shares = std::clamp<int64_t>((threads + images - 1) / images, 1, std::max<int64_t>(1, p.P / 8));
+  plan.threads = static_cast<int>(std::min(threads, images * plan.shares));
+  return plan;
+}
+
+void pointwise_backward_cpu(const PointwiseBackward& p) {
+  static void (*const kernel)(const PointwiseBackward&) = [] {
+#if defined(__x86_64__)
+    switch (cpu::cpu_isa()[3]) {
+      case '5': return avx512::pointwise_backward;
+      case '2': return avx2::pointwise_backward;
+    }
+#endif
+    return baseline::pointwise_backward;
+  }();
+  kernel(p);
+}
+
 void pointwise_cpu(const Pointwise& p) {
   static void (*const kernel)(const Pointwise&) = [] {
 #if defined(__x86_64__)

@@ -141,7 +141,7 @@ struct PointwisePass {
           a[r] = staged ? me.rows + (i + r) * ld : reinterpret_cast<const E*>(input_row(m0 + i + r));
           out[r] = to.first + (i + r) * to.row;
         }
-        gemm_tile(static_cast<int>(n), panel, a, w, lanes * kBlock, k0, k1, out, kBlock);
+        gemm_tile(static_cast<int>(n), panel, a, w, lanes * kBlock, k0, k1, out, kBlock, k0 > 0);
       }
     }
   }

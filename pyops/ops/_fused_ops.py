@@ -1,4 +1,4 @@
-"""Differentiable torch ops for training convolutional blocks, composed of `_channel_ops`, `_depthwise_ops`, `_after_ops` and
+"""Differentiable torch ops for training convolutional blocks, composed of `_channel_ops`, `_depthwise_ops`, `_composed_ops` and
 `_pointwise_ops`.
 
 Batch norm and the activation live in the op that reads the convolution's output, so that output is all that is saved; backward
@@ -24,12 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyops import _library
-from pyops.ops import _activations, _after_ops, _channel_ops, _depthwise_ops, _groups, _pointwise_ops  # noqa: F401  (registers their ops)
-from pyops.ops._pointwise_ops import image_of, rows_of
+from pyops.ops import _activations, _channel_ops, _composed_ops, _depthwise_ops, _groups, _pointwise_ops
 
 _PARTS = (
     "channel_moments", "channel_apply", "channel_sums", "channel_reduce", "channel_grad", "channel_grad_",
-    "depthwise_infer", "depthwise_bwd", "depthwise_after", "depthwise_after_bwd", "pointwise_run",
+    "depthwise_infer", "depthwise_bwd", "depthwise_after", "depthwise_after_bwd", "pointwise_run", "pointwise_back",
 )  # fmt: skip
 _SMALL = ("channel_norm", "channel_affine", "channel_terms")  # whose default overload serves every backend
 
@@ -124,12 +123,6 @@ def _identity(input) -> Tensor:
     return torch.stack([zeros, zeros + 1, zeros])
 
 
-def _activated(k, input, norm: Norm | None, gate, activation, slope) -> Tensor:
-    if norm is None and gate is None and activation == 0:
-        return input
-    return k.channel_apply(input, _affine(norm), None, None, gate, None, activation, slope)
-
-
 def _depthwise_backward(k, grad, input, weight, norm, bn_weight, bn_bias, stride, padding, dilation, activation, slope, group):
     norm = Norm.of(k, norm, bn_weight, bn_bias, group)
     if norm is None and activation == 0:
@@ -195,16 +188,14 @@ def _pointwise_backward(
     norm = Norm.of(k, norm, bn_weight, bn_bias, group)
     squeeze = None if fc1 is None else Squeeze(fc1, bias1, fc2, bias2, squeeze_activation, gate_activation)
     gate = None if squeeze is None else squeeze.run(means)[2]
-    rows = rows_of(grad)
-    a = _activated(k, input, norm, gate, activation, slope)
-    grad_weight = rows.t() @ rows_of(a)
-    del a
+    # the CPU's one pass is for float32: 16-bit products are faster in PyTorch's GEMM
+    fused = input.dtype == torch.float32 or not input.is_cpu
+    back = k.pointwise_back if fused else _composed_ops.compose_pointwise_back
+    da, grad_weight, grad_gate = back(grad, input, weight, _affine(norm), gate, activation, slope, needs_input, squeeze is not None)
     if not needs_input:  # the first layer of a network
-        return input.new_empty(0), grad_weight, *_nothing(input, 6)
-    da = image_of(rows @ weight.to(rows.dtype), *grad.shape[:1], *grad.shape[2:])
+        return da, grad_weight, *_nothing(input, 6)
     offset, layers = None, _nothing(input, 4)
     if squeeze is not None:
-        grad_gate = k.channel_sums(input, da, _affine(norm), None, None, activation, slope)
         offset, *layers = squeeze.backward(grad_gate, means)
         offset = offset / positions(input)
     grad_input, *grads = _backward_of_input(k, da, input, norm, gate, offset, activation, slope)

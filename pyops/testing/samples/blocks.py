@@ -323,7 +323,7 @@ register(
         name="pointwise_conv",
         public=pointwise_conv,
         family="conv",
-        ops=("pointwise_run", "pointwise_into", "pointwise_train_fwd", "pointwise_train_bwd"),
+        ops=("pointwise_run", "pointwise_into", "pointwise_back", "pointwise_train_fwd", "pointwise_train_bwd"),
         samples=POINTWISE_SAMPLES,
         errors=_pointwise_errors(),
         flops=lambda input, weight, *_, **__: 2 * input.numel() * weight.shape[0],
