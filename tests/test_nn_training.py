@@ -161,6 +161,18 @@ def test_fullgraph(name):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # torch's own batch norm compares sizes
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@blocks
+def test_a_recorded_block_is_torchs_layers(name, training):
+    """torch.jit.trace, and so the ONNX exporter, see convolutions and batch norms that everyone knows."""
+    block, shape = build(name)
+    block.train(training)
+    with torch.no_grad():
+        graph = torch.jit.trace(copy.deepcopy(block), image(shape), check_trace=False).inlined_graph
+    assert "pyops::" not in str(graph) and "_convolution" in str(graph)
+
+
 @kernels
 def test_gradients_of_gradients_are_refused():
     block, shape = build("pointwise")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -73,5 +74,8 @@ class Derived:
 
 
 def is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
-    """Whether every part is exactly one of `kinds` and no part but `module` itself has hooks: only a call of the part would run them."""
+    """Whether kernels may stand for the parts: every part is exactly one of `kinds`, no part but `module` itself has hooks, which only a
+    call of the part would run, and nobody is recording the layers (torch.jit.trace, the ONNX exporter)."""
+    if torch.jit.is_tracing():
+        return False
     return all(type(part) in kinds and (part is module or not any(getattr(part, name) for name in HOOKS)) for part in module.modules())

@@ -130,10 +130,12 @@ class ConvBNAct(nn.Sequential):
 
     def can_train(self, input: Tensor) -> bool:
         """Whether the kernels can stand for the layers with gradients: no layer of another kind or with hooks, a plain convolution."""
+        if not is_plain(self, KINDS):
+            return False
         conv: Any = self[0]
         plain = conv.padding_mode == "zeros" and conv.bias is None and not isinstance(conv.padding, str)
         same = input.dtype == conv.weight.dtype or torch.is_autocast_enabled(input.device.type)
-        return plain and same and input.dim() == 4 and input.shape[1] == conv.in_channels and is_plain(self, KINDS)
+        return plain and same and input.dim() == 4 and input.shape[1] == conv.in_channels
 
     def convolve(self, kernels, input: _training.Pending, gates: _training.Gates | None = None) -> _training.Pending:
         """The convolution of `input`, with batch norm and activation pending."""
@@ -156,7 +158,8 @@ KINDS = (ConvBNAct, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, *ACTIVATIONS.va
 
 def can_fold(weight: Tensor, input: Tensor) -> bool:
     """Whether a call is inference in the module's own dtype: what kept weights are for."""
-    return input.dtype == weight.dtype and not (torch.is_grad_enabled() or torch.is_autocast_enabled(input.device.type))
+    recording = torch.is_grad_enabled() or torch.is_autocast_enabled(input.device.type) or torch.jit.is_tracing()
+    return input.dtype == weight.dtype and not recording
 
 
 class SqueezeExcitation(nn.Module):
