@@ -15,8 +15,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ORDER = {"cpu": ("cpu", "eager"), "cuda": ("eager", "cuda", "triton")}
 
 
-def order(device: str) -> tuple[str, ...]:
-    return ORDER.get(device, ("eager",))
+def order(device: str, eager_first: bool = False) -> tuple[str, ...]:
+    """What "auto" tries, in this order. eager_first: for a call that PyTorch's ops were measured to do sooner on a CPU."""
+    found = ORDER.get(device, ("eager",))
+    return found[::-1] if eager_first and device == "cpu" else found
 
 
 def unsupported(device: str, dtype: torch.dtype, backend: str) -> str | None:
@@ -42,19 +44,24 @@ def unsupported(device: str, dtype: torch.dtype, backend: str) -> str | None:
     return None
 
 
-def choose(op: str, backend: str | None, like: Tensor) -> str:
+def choose(op: str, backend: str | None, like: Tensor, eager_first: bool = False) -> str:
     """The backend that runs a call on tensors such as `like`."""
     device = like.device.type
-    name = _backends.select(op, _backends.requested(backend), order(device), lambda name: unsupported(device, like.dtype, name))
+    reasons = lambda name: unsupported(device, like.dtype, name)  # noqa: E731
+    name = _backends.select(op, _backends.requested(backend), order(device, eager_first), reasons)
     if not torch.compiler.is_compiling():
         _backends.log_choice(op, device, name)
     return name
 
 
-def explain(op: str, facts: str, backend: str | None, like: Tensor) -> _backends.Explanation:
+def explain(op: str, facts: str, backend: str | None, like: Tensor, eager_first: bool = False) -> _backends.Explanation:
     device = like.device.type
     reasons = lambda name: unsupported(device, like.dtype, name)  # noqa: E731
-    return _backends.build_explanation(op, facts, _backends.requested(backend), order(device), reasons)
+    return _backends.build_explanation(op, facts, _backends.requested(backend), order(device, eager_first), reasons)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def overload(backend: str) -> str:

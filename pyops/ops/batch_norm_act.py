@@ -64,7 +64,9 @@ def batch_norm_act(
     use_batch = _check(input, running_mean, running_var, weight, bias, training, momentum, num_batches_tracked, residual, keep)
     number = _activations.number(OP, activation)
     group = _groups.name_of(process_group)
-    name = _conv_call.choose(OP, backend, input)
+    if use_batch and not group:
+        _check_count(input.numel() // max(1, input.shape[1]))
+    name = _conv_call.choose(OP, backend, input, _eager_first(input) and not group)
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     image = input if input.dim() == 4 else _as_image(input)
@@ -88,13 +90,18 @@ def batch_norm_act(
     return _conv_call.in_layout_of(output, image) if input.dim() == 4 else output.reshape(input.shape)
 
 
+def _eager_first(input: Tensor) -> bool:
+    """0.7 to 1.0 of PyTorch's speed in training below 10^6 values, 1.1 to 1.7 above (2 cores of Zen 4)."""
+    return input.numel() < 10**6
+
+
 def statistics_of(moments: Tensor, count: int, eps: float, group: str, running: tuple, factor) -> Tensor:
     """`_fused_ops`' norm of a batch's moments; running (mean, var) move towards them by `factor`, with the unbiased variance.
 
     Raises ValueError for a single value per channel, as torch.nn.functional.batch_norm does.
     """
-    if not group and count == 1:
-        raise ValueError(f"{OP}: input: expected more than 1 value per channel when training")
+    if not group:
+        _check_count(count)
     running = (None, None) if factor is None or not count else running
     moments = moments.detach()
     if not group and not isinstance(factor, Tensor):
@@ -108,6 +115,11 @@ def statistics_of(moments: Tensor, count: int, eps: float, group: str, running: 
             kept.copy_(kept + (new - kept) * factor)
     inverse = (torch.as_tensor(1.0, device=mean.device) / total).to(mean.dtype).expand_as(mean)
     return torch.stack([mean, torch.rsqrt(squares * inverse + eps), inverse])
+
+
+def _check_count(count: int) -> None:
+    if count == 1:
+        raise ValueError(f"{OP}: input: expected more than 1 value per channel when training")
 
 
 def constant_statistics(running_mean: Tensor, running_var: Tensor, eps: float) -> Tensor:
@@ -160,7 +172,7 @@ def _check(input, running_mean, running_var, weight, bias, training, momentum, n
 def _explain(input, running_mean=None, running_var=None, weight=None, bias=None, training=False, *_, backend=None, **__):
     _check(input, running_mean, running_var, weight, bias, training, 0.0, None, None, None)
     facts = f"{input.device.type}, {str(input.dtype)[6:]}, shape {tuple(input.shape)}{', training' if training else ''}"
-    return _conv_call.explain(OP, facts, backend, input)
+    return _conv_call.explain(OP, facts, backend, input, _eager_first(input))
 
 
 _backends.EXPLAINERS[OP] = _explain

@@ -46,7 +46,7 @@ def squeeze_excite(
     """
     _check(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, means)
     numbers = _activations.number(OP, activation), _activations.number(OP, gate_activation, "gate_activation")
-    name = _conv_call.choose(OP, backend, input)
+    name = _conv_call.choose(OP, backend, input, _eager_first(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, means))
     layers = [_conv_call.as_vector(t.flatten(1) if t.dim() == 4 else t, input) for t in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)]
     means = _conv_call.as_vector(means, input)
     if name == "eager":
@@ -55,6 +55,11 @@ def squeeze_excite(
         return input * gate.to(input.dtype)[:, :, None, None]
     output, _ = _fused_ops.KERNELS[_conv_call.overload(name)].squeeze_excite_fwd(input, *layers, means, *numbers)
     return _conv_call.in_layout_of(output, input)
+
+
+def _eager_first(*tensors: Tensor | None) -> bool:
+    """0.65 to 0.95 of PyTorch's speed in inference; 0.9 in training of 6*10^4 values, 1.1 to 3.8 above (2 cores of Zen 4)."""
+    return not _conv_call.needs_grad(*tensors) or tensors[0].numel() < 10**5
 
 
 def _check(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, means) -> None:
@@ -118,7 +123,8 @@ _fused_ops.define(
 def _explain(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *, backend=None, **_):
     _check(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, None)
     facts = f"{input.device.type}, {str(input.dtype)[6:]}, shape {tuple(input.shape)}, S={fc1_weight.shape[0]}"
-    return _conv_call.explain(OP, facts, backend, input)
+    eager_first = _eager_first(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return _conv_call.explain(OP, facts, backend, input, eager_first)
 
 
 _backends.EXPLAINERS[OP] = _explain
