@@ -173,6 +173,46 @@ def test_a_recorded_block_is_torchs_layers(name, training):
     assert "pyops::" not in str(graph) and "_convolution" in str(graph)
 
 
+def _swap(block, change: str):
+    first = block.block[0]
+    if change == "relu":
+        first[2] = torch.nn.ReLU()
+    elif change == "slope":
+        first[2] = torch.nn.LeakyReLU(0.3)
+    elif change == "gelu":
+        first[2] = torch.nn.GELU(approximate="tanh")
+    elif change == "longer":
+        first.append(torch.nn.ReLU())
+    elif change == "gate":
+        block.block[2].scale_activation = torch.nn.Hardsigmoid()
+    elif change == "padding":
+        block.block[1][0] = torch.nn.Conv2d(96, 96, 3, dilation=2, padding=2, groups=96, bias=False)
+    elif change == "last":
+        block.block[3].append(torch.nn.ReLU())
+    elif change == "bias":
+        first[0].bias = torch.nn.Parameter(torch.randn(first[0].out_channels))
+    else:
+        first[1] = torch.nn.BatchNorm2d(first[0].out_channels, affine=False, track_running_stats=False)
+    return block
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("change", ["relu", "slope", "gelu", "longer", "gate", "padding", "last", "bias", "norm"])
+def test_replaced_layers_are_what_runs(change, training):
+    block, shape = build("mbconv")
+    block.train(training)
+    block(image(shape))  # whatever is kept was made for the old layers
+    block = _swap(block, change)
+    x = image(shape)
+    for found, expected in zip(step(copy.deepcopy(block), x), step(as_eager(block), x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        found = block(x)
+        torch.manual_seed(3)
+        torch.testing.assert_close(found, as_eager(block)(x), rtol=1e-4, atol=1e-5)
+
+
 @kernels
 def test_gradients_of_gradients_are_refused():
     block, shape = build("pointwise")
@@ -195,6 +235,15 @@ def test_small_batches(N):
     block(x).sum().backward()
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         ConvBNAct(4, 4, 1)(torch.randn(1, 4, 1, 1))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_large_batch_of_small_maps(training):
+    block, _ = build("stride")
+    block.train(training)
+    x = image((512, 12, 3, 2))
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), as_eager(block)(x), rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- several processes

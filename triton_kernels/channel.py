@@ -197,7 +197,7 @@ def grad_kernel(
 
 def moments(input: Tensor) -> Tensor:
     """[2, C], as pyops::channel_moments."""
-    input = image(input)
+    input = input.contiguous(memory_format=torch.channels_last)
     N, P, C, block = _sizes(input, whole=True)
     if not input.numel():
         return torch.zeros(2, C, dtype=torch.float32, device=input.device)

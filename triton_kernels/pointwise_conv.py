@@ -170,7 +170,7 @@ def _launch(
     constants = config | {"INPUT_ACTIVATION": input_activation, "ACTIVATION": activation}
     with on(input):
         pointwise_kernel[(blocks * triton.cdiv(O, config["BLOCK_O"]),)](*tensors, M, H * W, *units, input_slope, slope, **constants)
-    return None if partials is None else merge_moments(partials, config["BLOCK_M"], M)
+    return None if partials is None else merge_moments(partials, int(config["BLOCK_M"]), M)
 
 
 def launch_config(M: int, C: int, O: int, dtype: torch.dtype, tf32: bool, unit: int) -> dict[str, int | str]:

@@ -28,6 +28,13 @@ def _activation(name: str, argument: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
+def name_of(layer: nn.Module) -> str | None:
+    """The kernels' name for an activation layer as it is now; None where they have none."""
+    if (isinstance(layer, nn.LeakyReLU) and layer.negative_slope != 0.01) or (isinstance(layer, nn.GELU) and layer.approximate != "none"):
+        return None
+    return next((name for name, kind in ACTIVATIONS.items() if type(layer) is kind), None)
+
+
 class DropPath(nn.Module):
     """Drops the whole input of a sample with probability ``p`` while training, and scales the others by ``1 / (1 - p)``.
 
@@ -85,7 +92,7 @@ class ConvBNAct(nn.Sequential):
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False)
         layers = [conv, nn.BatchNorm2d(out_channels, eps, momentum)]
         super().__init__(*layers, *([] if activation is None else [_activation(activation, "ConvBNAct: activation")]))
-        self.activation, self.backend = activation or "none", backend
+        self.backend = backend
         self._folded = Derived()
 
     def train(self, mode: bool = True):
@@ -98,6 +105,14 @@ class ConvBNAct(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.run(input)[0]
+
+    @property
+    def activation(self) -> Any:
+        """The kernels' name for the activation, or None where layers were replaced by some that kernels cannot stand for."""
+        layers = list(self)
+        if len(layers) not in (2, 3) or type(layers[0]) is not nn.Conv2d or type(layers[1]) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            return None
+        return "none" if len(layers) == 2 else name_of(layers[2])
 
     def run(self, input: Tensor, means: bool = False) -> tuple[Tensor, Tensor | None]:
         """The block's output and, if asked for, its channel means ``[N, C]``."""
@@ -120,7 +135,7 @@ class ConvBNAct(nn.Sequential):
         conv: Any = self[0]
         if _training.is_pointwise(conv):
             with torch.no_grad():
-                epilogue = dict(gate=gate, residual=residual, activation=self.activation, backend=self.backend)
+                epilogue: dict[str, Any] = dict(gate=gate, residual=residual, activation=self.activation, backend=self.backend)
                 return pointwise_conv(input, weight, bias, **epilogue)
         weight, bias = weight.to(input.dtype), bias.to(input.dtype)
         if gate is not None:
@@ -130,7 +145,7 @@ class ConvBNAct(nn.Sequential):
 
     def can_train(self, input: Tensor) -> bool:
         """Whether the kernels can stand for the layers with gradients: no layer of another kind or with hooks, a plain convolution."""
-        if not is_plain(self, KINDS):
+        if not is_plain(self, KINDS) or self.activation is None:
             return False
         conv: Any = self[0]
         plain = conv.padding_mode == "zeros" and conv.bias is None and not isinstance(conv.padding, str)
@@ -148,7 +163,13 @@ class ConvBNAct(nn.Sequential):
     def _fold(self) -> tuple[Tensor, Tensor] | None:
         conv: Any = self[0]
         norm: Any = self[1]
-        if not is_plain(self, KINDS) or norm.training or norm.running_mean is None or conv.padding_mode != "zeros":
+        if (
+            not is_plain(self, KINDS)
+            or self.activation is None
+            or norm.training
+            or norm.running_mean is None
+            or conv.padding_mode != "zeros"
+        ):
             return None
         return fold(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
@@ -176,15 +197,24 @@ class SqueezeExcitation(nn.Module):
         self.fc2 = nn.Conv2d(squeeze_channels, input_channels, 1)
         self.activation = _activation(activation, "SqueezeExcitation: activation")
         self.scale_activation = _activation(scale_activation, "SqueezeExcitation: scale_activation")
-        self.names = (activation, scale_activation)
 
     def forward(self, input: Tensor, means: Tensor | None = None) -> Tensor:
-        if not is_plain(self, SQUEEZE_KINDS) or input.dtype not in _conv_call.DTYPES or input.dim() != 4:
+        if not self.is_standard() or input.dtype not in _conv_call.DTYPES or input.dim() != 4:
             pooled = self.avgpool(input) if means is None else means.to(input.dtype)[:, :, None, None]
             return input * self.scale_activation(self.fc2(self.activation(self.fc1(pooled))))
         return squeeze_excite(input, *self.layers(), means=means, activation=self.names[0], gate_activation=self.names[1])
 
-    def layers(self) -> tuple[Tensor, ...]:
+    @property
+    def names(self) -> tuple[Any, Any]:
+        """The kernels' names for the two activations, or None."""
+        return name_of(self.activation), name_of(self.scale_activation)
+
+    def is_standard(self) -> bool:
+        """Whether kernels can stand for the layers: nothing replaced by what they do not know, no hooks inside, biases there."""
+        biases = self.fc1.bias is not None and self.fc2.bias is not None
+        return biases and is_plain(self, SQUEEZE_KINDS) and None not in self.names
+
+    def layers(self) -> tuple[Any, ...]:
         return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
 
     def gates(self) -> _training.Gates:
@@ -194,9 +224,9 @@ class SqueezeExcitation(nn.Module):
 
     def gate_of(self, means: Tensor) -> Tensor:
         """``[N, C]`` in means' dtype."""
-        layers = (t.flatten(1).to(means.dtype) if t.dim() == 4 else t.to(means.dtype) for t in self.layers())
+        layers: Any = (t.flatten(1).to(means.dtype) if t.dim() == 4 else t.to(means.dtype) for t in self.layers())
         gates = self.gates()
-        return Squeeze(*layers, gates.activation, gates.gate_activation).run(means)[2]
+        return Squeeze._make([*layers, gates.activation, gates.gate_activation]).run(means)[2]
 
 
 SQUEEZE_KINDS = (SqueezeExcitation, nn.Conv2d, nn.AdaptiveAvgPool2d, *ACTIVATIONS.values())

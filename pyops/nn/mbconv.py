@@ -27,11 +27,32 @@ def finish_block(block: MBConv | FusedMBConv, kernels, pending: _training.Pendin
     return _training.finish(kernels, pending, keep, input)
 
 
+def is_standard(block: nn.Sequential) -> bool:
+    """Whether kernels can stand for a block's layers."""
+    last: Any = block[-1]
+    standard = all(part.activation is not None for part in block if isinstance(part, ConvBNAct))
+    return (
+        standard
+        and isinstance(last, ConvBNAct)
+        and last.activation == "none"
+        and is_plain(block, PARTS)
+        and all(part.is_standard() for part in block if isinstance(part, SqueezeExcitation))
+    )
+
+
 def check_sizes(op: str, kernel_size: int, stride: int, expand_ratio: int) -> None:
     if kernel_size % 2 == 0 or kernel_size < 1:
         raise ValueError(f"{op}: kernel_size: expected an odd size, got {kernel_size}")
     if stride < 1 or expand_ratio < 1:
         raise ValueError(f"{op}: stride, expand_ratio: expected 1 or more, got {stride} and {expand_ratio}")
+
+
+def _fits(conv: nn.Conv2d, parts: list[Any]) -> bool:
+    """Whether the convolutions are such as MBConv builds: one depthwise, square and padded to keep the size, the others 1x1."""
+    K, S = conv.kernel_size[0], conv.stride[0]
+    square = conv.kernel_size == (K, K) and conv.stride == (S, S) and conv.padding == (K // 2, K // 2) and conv.dilation == (1, 1)
+    others = [part[0] for part in parts if part[0] is not conv]
+    return square and _training.is_depthwise(conv) and all(_training.is_pointwise(other) for other in others)
 
 
 class MBConv(nn.Module):
@@ -93,7 +114,7 @@ class MBConv(nn.Module):
             kernel = self._packed.get(self.block, self._pack, input.dtype) if wish in ("auto", "cpu") else None
             if kernel is not None:
                 return self._infer(input, *kernel)
-        if is_plain(self.block, PARTS):
+        if is_standard(self.block):
             parts = [part for part in self.block if isinstance(part, ConvBNAct)]
             folded = parts[-1].folded() if can_fold(first[0].weight, input) else None
             if folded is not None:
@@ -130,10 +151,12 @@ class MBConv(nn.Module):
 
     def _pack(self) -> tuple[Tensor, tuple] | None:
         """(packed weights, the op's other arguments), or None where the kernel cannot stand for the block."""
-        if not is_plain(self.block, PARTS) or _library.not_loaded_reason() is not None:
+        if not is_standard(self.block) or _library.not_loaded_reason() is not None:
             return None
         expand, depthwise, squeeze, project = self._parts()
         parts = [part for part in (expand, depthwise, project) if part is not None]
+        if any(part.activation != depthwise.activation for part in parts[:-1]) or not _fits(depthwise[0], parts):
+            return None  # the kernel has one activation, and one way to pad
         folded = [part.folded() for part in parts]
         tensors = tuple(self.block.parameters())
         dtype = tensors[0].dtype
@@ -195,7 +218,7 @@ class FusedMBConv(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         first: Any = self.block[0]
         last: Any = self.block[-1]
-        if is_plain(self.block, PARTS) and last.activation == "none":
+        if is_standard(self.block):
             folded = last.folded() if can_fold(first[0].weight, input) else None
             if folded is not None:
                 return last.run_dense(first(input), *folded, residual=input if self.use_res_connect else None)

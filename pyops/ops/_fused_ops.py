@@ -17,7 +17,7 @@ none themselves. `group` names a process group of `_groups` whose processes shar
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -196,8 +196,8 @@ def _pointwise_backward(
         return da, grad_weight, *_nothing(input, 6)
     offset, layers = None, _nothing(input, 4)
     if squeeze is not None:
-        offset, *layers = squeeze.backward(grad_gate, means)
-        offset = offset / positions(input)
+        grad_means, *found = squeeze.backward(grad_gate, means)
+        offset, layers = grad_means / positions(input), tuple(found)
     grad_input, *grads = _backward_of_input(k, da, input, norm, gate, offset, activation, slope)
     return grad_input, grad_weight, *grads, *layers
 
@@ -281,7 +281,8 @@ def _direct(name: str, forward, run_backward, setup_context, autograd) -> Callab
         return output
 
     body = dict(forward=staticmethod(forward_static), backward=staticmethod(lambda ctx, *grads: autograd(ctx, run_backward, *grads)))
-    return type(f"pyops_{name}", (torch.autograd.Function,), body).apply
+    function: Any = type(f"pyops_{name}", (torch.autograd.Function,), body)
+    return function.apply
 
 
 def _either(registered, direct) -> Callable:

@@ -19,6 +19,8 @@ Neither is differentiable: `_fused_ops` is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -76,7 +78,8 @@ def _into(output, *arguments):
 
 def tf32_allowed(input: Tensor) -> bool:
     """torch's switch for convolutions on a GPU; not while the compiler, which cannot read it, traces a call."""
-    return input.is_cuda and not torch.compiler.is_compiling() and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    cudnn: Any = torch.backends.cudnn
+    return input.is_cuda and not torch.compiler.is_compiling() and cudnn.conv.fp32_precision == "tf32"
 
 
 def _vector(like: Tensor, *shape) -> Tensor:

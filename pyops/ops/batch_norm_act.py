@@ -106,7 +106,7 @@ def statistics_of(moments: Tensor, count: int, eps: float, group: str, running: 
     moments = moments.detach()
     if not group and not isinstance(factor, Tensor):
         return torch.ops.pyops.channel_norm.default(moments, count, eps, *running, factor or 0.0)
-    total = count
+    total: Any = count
     if group:
         moments, total = _groups.merged_moments(moments, count, group)
     mean, squares = moments
@@ -122,7 +122,7 @@ def _check_count(count: int) -> None:
         raise ValueError(f"{OP}: input: expected more than 1 value per channel when training")
 
 
-def constant_statistics(running_mean: Tensor, running_var: Tensor, eps: float) -> Tensor:
+def constant_statistics(running_mean: Any, running_var: Any, eps: float) -> Tensor:
     """`_fused_ops`' norm of running statistics."""
     kind = torch.promote_types(running_mean.dtype, torch.float32)
     mean = running_mean.to(kind)
@@ -134,7 +134,7 @@ def _as_image(t: Tensor) -> Tensor:
 
 
 def _eager(image, running_mean, running_var, weight, bias, use_batch, training, factor, eps, residual, keep) -> Tensor:
-    kept = (running_mean, running_var) if training or not use_batch else (None, None)
+    kept_mean, kept_var = (running_mean, running_var) if training or not use_batch else (None, None)
     if use_batch and image.numel() == 0:  # torch has no answer; the kernels' is an empty tensor
         y = image.clone()
     elif isinstance(factor, Tensor):  # an average over all batches, without reading the counter
@@ -142,7 +142,7 @@ def _eager(image, running_mean, running_var, weight, bias, use_batch, training, 
         moments = _channel_ops._moments(image.detach())
         statistics_of(moments, image.numel() // image.shape[1], eps, "", (running_mean, running_var), factor)
     else:
-        y = F.batch_norm(image, *kept, weight, bias, use_batch, factor or 0.0, eps)
+        y = F.batch_norm(image, kept_mean, kept_var, weight, bias, use_batch, factor or 0.0, eps)
     if keep is not None:
         y = y * keep.detach().to(y.dtype)[:, None, None, None]
     return y if residual is None else y + residual

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ def depthwise_conv_bn_act(
     normalise = running_mean is not None or training
     if normalise and training:
         y, _ = _convolve(name, facts, call, input, weight, bias, None, 0, 0.0, False)
-        rest = dict(residual=residual, activation=activation, negative_slope=negative_slope, backend=name)
+        rest: dict[str, Any] = dict(residual=residual, activation=activation, negative_slope=negative_slope, backend=name)
         output = batch_norm_act(y, running_mean, running_var, bn_weight, bn_bias, True, momentum, eps, **rest)
         means = _depthwise_ops.mean_of(output) if return_means else None
     elif normalise and name == "eager":

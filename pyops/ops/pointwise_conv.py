@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,7 +76,8 @@ def pointwise_conv(
             name, input, weight, bias, layer_norm, input_scale, input_shift, before, gate, keep, residual, after, negative_slope, out
         )
     if layer_norm is not None:
-        x = F.layer_norm(input.permute(0, 2, 3, 1), input.shape[1:2], *(as_input(t, input) for t in layer_norm[:2]), layer_norm[2])
+        scale, shift, eps = layer_norm
+        x = F.layer_norm(input.permute(0, 2, 3, 1), input.shape[1:2], as_input(scale, input), as_input(shift, input), eps)
         input = x.permute(0, 3, 1, 2)
     if name == "eager":
         y = _eager(input, weight, bias, input_scale, input_shift, before, gate, keep, residual, after, negative_slope)
@@ -88,7 +91,7 @@ def as_input(t: Tensor | None, input: Tensor) -> Tensor | None:
 
 
 def _run(name, input, weight, bias, layer_norm, scale, shift, before, gate, keep, residual, after, slope, out) -> Tensor:
-    vector = lambda t: _conv_call.as_vector(t, input)  # noqa: E731
+    vector: Any = lambda t: _conv_call.as_vector(t, input)  # noqa: E731
     rows = None
     if layer_norm is not None:
         scale, shift, eps = layer_norm
@@ -118,10 +121,8 @@ def _is_nchw(t: Tensor) -> bool:
 def _differentiable(name, input, weight, bias, scale, shift, before, gate, keep, residual, after, slope) -> Tensor:
     kernels = _fused_ops.KERNELS[_conv_call.overload(name)]
     if gate is not None:
-        norm = _identity(input.shape[1], input)
-        input = (
-            kernels.batch_norm_act_fwd(input, norm, scale, shift, None, None, before, slope, "") if _places(scale, shift, before) else input
-        )
+        if scale is not None or shift is not None or before != 0:
+            input = kernels.batch_norm_act_fwd(input, _identity(input.shape[1], input), scale, shift, None, None, before, slope, "")
         input = input * gate.to(input.dtype)[:, :, None, None]
         scale = shift = None
         before = 0
@@ -129,12 +130,8 @@ def _differentiable(name, input, weight, bias, scale, shift, before, gate, keep,
     y, _, _ = kernels.pointwise_train_fwd(input, weight, norm, scale, shift, None, None, None, None, before, slope, 0, 0, "")
     if bias is None and keep is None and residual is None and after == 0:
         return y
-    keep = _conv_call.as_vector(keep, input)
-    return kernels.batch_norm_act_fwd(y, _identity(y.shape[1], y), None, bias, keep, residual, after, slope, "")
-
-
-def _places(scale, shift, before) -> bool:
-    return scale is not None or shift is not None or before != 0
+    multipliers = _conv_call.as_vector(keep, input)
+    return kernels.batch_norm_act_fwd(y, _identity(y.shape[1], y), None, bias, multipliers, residual, after, slope, "")
 
 
 def _identity(C: int, like: Tensor) -> Tensor:

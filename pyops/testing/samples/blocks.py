@@ -192,8 +192,8 @@ SQUEEZE_SAMPLES = (
 def _squeeze_errors() -> tuple[ErrorCase, ...]:
     def case(id, error, match, index=None, value=None, **change):
         def make():
-            args, kwargs = SQUEEZE_SAMPLES[0].make(torch.float32, "cpu")
-            args = list(args)
+            given, kwargs = SQUEEZE_SAMPLES[0].make(torch.float32, "cpu")
+            args = list(given)
             if index is not None:
                 args[index] = value
             return tuple(args), kwargs | change

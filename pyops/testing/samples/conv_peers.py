@@ -1,11 +1,12 @@
 """What the convolution family is timed against: PyTorch's modules in either layout, torch.compile, ONNX Runtime and OpenVINO.
 
-Inference peers get batch norm folded by their own compilers (ONNX Runtime, OpenVINO) or not at all (eager). The last two run float32
-on as many threads as torch, with bound inputs and outputs.
+Inference peers get batch norm folded by their own compilers (ONNX Runtime, OpenVINO) or not at all (eager). The last two run on as many
+threads as torch, with bound inputs and outputs; ONNX Runtime in float32 alone.
 """
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -87,7 +88,11 @@ def onnxruntime_of(module: nn.Module, x: Tensor) -> Peer:
 def openvino_of(module: nn.Module, x: Tensor) -> Peer:
     import openvino
 
-    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}.get(x.dtype)
+    if precision is None:
+        raise ValueError("float32 and bfloat16 only")
+    module, x = copy.deepcopy(module).float(), x.float()  # OpenVINO's inputs are float32; it computes in its own bfloat16
+    hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     core = openvino.Core()
     request = core.compile_model(core.read_model(onnx_bytes(module, x)), "CPU", hints).create_infer_request()
     value = x.detach().contiguous().numpy()
