@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyops
@@ -175,7 +176,13 @@ def test_a_recorded_block_is_torchs_layers(name, training):
 
 def _swap(block, change: str):
     first = block.block[0]
-    if change == "relu":
+    if change == "no_squeeze":
+        block.block[2] = torch.nn.Sequential()
+    elif change == "plain_part":
+        block.block[1] = torch.nn.Sequential(*block.block[1])
+    elif change == "no_drop_path":
+        block.stochastic_depth = torch.nn.Identity()
+    elif change == "relu":
         first[2] = torch.nn.ReLU()
     elif change == "slope":
         first[2] = torch.nn.LeakyReLU(0.3)
@@ -197,7 +204,9 @@ def _swap(block, change: str):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("change", ["relu", "slope", "gelu", "longer", "gate", "padding", "last", "bias", "norm"])
+@pytest.mark.parametrize(
+    "change", ["no_squeeze", "plain_part", "no_drop_path", "relu", "slope", "gelu", "longer", "gate", "padding", "last", "bias", "norm"]
+)
 def test_replaced_layers_are_what_runs(change, training):
     block, shape = build("mbconv")
     block.train(training)
@@ -211,6 +220,105 @@ def test_replaced_layers_are_what_runs(change, training):
         found = block(x)
         torch.manual_seed(3)
         torch.testing.assert_close(found, as_eager(block)(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    block, shape = build("stride")
+    expected = step(copy.deepcopy(block), image(shape))
+    x = image(shape).requires_grad_()
+    y = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype))
+    torch.testing.assert_close([y.detach(), x.grad, *(p.grad for p in block.parameters())], expected[: 2 + len(list(block.parameters()))])
+
+
+def test_hooks_inside_a_block_run():
+    block, shape = build("mbconv")
+    seen = []
+    block.stochastic_depth.register_forward_hook(lambda *_: seen.append("drop path"))
+    block.block.register_forward_hook(lambda *_: seen.append("block"))
+    block(image(shape))
+    assert seen == ["block", "drop path"]
+
+
+def test_drop_path_alone_in_training():
+    block, shape = build("mbconv")
+    block.eval().stochastic_depth.train()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        found = block(image(shape))
+        torch.manual_seed(0)
+        torch.testing.assert_close(found, as_eager(block)(image(shape)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@blocks
+def test_output_has_the_inputs_layout(name, layout):
+    block, shape = build(name)
+    for training in (True, False):
+        assert block.train(training)(image(shape).contiguous(memory_format=layout)).is_contiguous(memory_format=layout)
+
+
+def test_statistics_recalibrated_part_by_part_are_noticed():
+    block = ConvBNAct(8, 8, 3).eval()
+    x = image((2, 8, 6, 6))
+    with torch.no_grad():
+        block(x)
+    block[1].train()
+    for _ in range(5):
+        block(x + 3)
+    block[1].eval()
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), copy.deepcopy(block)(x))
+
+
+@blocks
+def test_functional_gradients(name):
+    """torch.func follows plain layers, and gets what autograd gets."""
+    block, shape = build(name)
+    block.eval()
+    x = image(shape)
+    found = torch.func.grad(lambda v: torch.func.functional_call(block, dict(block.named_parameters()), (v,)).square().sum())(x)
+    leaf = x.clone(memory_format=torch.channels_last).requires_grad_()
+    block(leaf).square().sum().backward()
+    torch.testing.assert_close(found, leaf.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_residual_may_change_where_nothing_reads_it_again():
+    x, residual = image((2, 8, 6, 6)).requires_grad_(), image((2, 8, 6, 6), 1).requires_grad_()
+    kept = residual * 1
+    y = pyops.batch_norm_act(x, training=True, residual=kept)
+    kept.add_(1)
+    y.sum().backward()
+    torch.testing.assert_close(residual.grad, torch.ones_like(residual))
+
+
+def test_running_statistics_rest_in_inference():
+    x, mean, var, count = image((2, 8, 6, 6)), torch.zeros(8), torch.ones(8), torch.tensor(3)
+    y = pyops.batch_norm_act(x, mean, var, training=False, momentum=None, num_batches_tracked=count)
+    torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, mean, var))
+    assert mean.eq(0).all() and var.eq(1).all() and count == 3
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("cpu", marks=kernels)])
+def test_mixed_dtypes_of_batch_norm(backend):
+    x, vectors = image((2, 8, 6, 6)), [torch.randn(8).abs() + 0.5 for _ in range(4)]
+    expected = torch.nn.functional.batch_norm(x, *vectors)
+    bf16 = [vectors[0], vectors[1], vectors[2].bfloat16(), vectors[3].bfloat16()]
+    torch.testing.assert_close(pyops.batch_norm_act(x, *bf16, backend=backend), expected, rtol=0.02, atol=0.02)
+    doubles = [vectors[0].double(), vectors[1].double(), *vectors[2:]]
+    if backend == "cpu":
+        torch.testing.assert_close(pyops.batch_norm_act(x, *doubles, backend=backend), expected)
+
+
+def test_meta_and_tiny_and_empty_inputs():
+    with torch.no_grad():
+        assert MBConv(8, 8).to("meta")(torch.empty(2, 8, 6, 6, device="meta")).shape == (2, 8, 6, 6)
+    with pytest.raises((ValueError, RuntimeError)):
+        ConvBNAct(8, 8, 3, padding=0, groups=8)(image((2, 8, 2, 2)))
+    x = image((0, 8, 6, 6)).requires_grad_()
+    ConvBNAct(8, 16, 1).eval()(x).sum().backward()
+    assert x.grad.shape == x.shape
 
 
 @kernels

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from pyops.ops import _conv_call
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-UNUSED = "num_batches_tracked"  # batch norm's counter; inference does not read it
 
 
 class Derived:
@@ -56,8 +56,6 @@ class Derived:
             self._hooks += [(getattr(part, name), bool(getattr(part, name))) for name in HOOKS]
             for owner in (part._parameters, part._buffers):
                 for name, tensor in owner.items():
-                    if name == UNUSED:
-                        continue
                     self._entries.append((owner, name, tensor))
                     if tensor is not None:
                         if tensor.is_inference():
@@ -73,9 +71,13 @@ class Derived:
         return Derived, ()
 
 
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in HOOKS)
+
+
 def is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
     """Whether kernels may stand for the parts: every part is exactly one of `kinds`, no part but `module` itself has hooks, which only a
-    call of the part would run, and nobody is recording the layers (torch.jit.trace, the ONNX exporter)."""
-    if torch.jit.is_tracing():
+    call of the part would run, and nobody records the layers one by one."""
+    if _conv_call.is_recorded():
         return False
-    return all(type(part) in kinds and (part is module or not any(getattr(part, name) for name in HOOKS)) for part in module.modules())
+    return all(type(part) in kinds and (part is module or not has_hooks(part)) for part in module.modules())

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyops.ops import _activations, _conv_call, _groups
+from pyops.ops import _activations, _conv_call, _depthwise_ops, _groups
 from pyops.ops._fused_ops import KERNELS, Kernels
 from pyops.ops.batch_norm_act import constant_statistics, statistics_of
 
@@ -61,6 +61,8 @@ def convolve(k: Kernels, conv: Any, norm: Any, activation: str, input: Pending, 
         output, moments, _ = k.pointwise_train_fwd(image, filter.flatten(1), *place)
     elif is_depthwise(conv):
         shape = list(conv.stride), list(conv.padding), list(conv.dilation)
+        if min(_depthwise_ops.output_size(image.shape[2:], conv.kernel_size, *shape)) < 1:
+            raise ValueError(f"ConvBNAct: input: {tuple(image.shape[2:])} is too small for {conv}")
         output, moments = k.depthwise_train_fwd(image, filter, statistics, weight, bias, *shape, number, 0.01, group)
     else:
         output = F.conv2d(finish(k, input), filter, None, conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -86,11 +88,13 @@ def _group(norm: nn.Module) -> str:
 def _statistics(norm: Any, moments: Tensor, output: Tensor, group: str) -> Tensor:
     """Batch statistics of `output` in training, with the running ones moved as torch's BatchNorm2d moves them; else those."""
     if not norm.training and norm.running_mean is not None:
-        return constant_statistics(norm.running_mean, norm.running_var, norm.eps)
+        return constant_statistics(norm.running_mean, norm.running_var, norm.eps, output)
     factor = norm.momentum
     tracks = norm.training and norm.track_running_stats
     if tracks and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         factor = 1.0 / norm.num_batches_tracked if factor is None else factor
     running = (norm.running_mean, norm.running_var) if tracks else (None, None)
+    if tracks and norm.num_batches_tracked is None and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(norm.running_mean)  # else the counter's version says that they moved
     return statistics_of(moments, output.numel() // output.shape[1], norm.eps, group, running, factor)

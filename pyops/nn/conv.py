@@ -69,7 +69,8 @@ class ConvBNAct(nn.Sequential):
     (``groups == in_channels == out_channels``) and 1x1 convolutions run on pyops' kernels, others on PyTorch's, and batch norm with the
     activation in one pass each way; what is saved for backward is the convolution's input and output. In eval mode the running
     statistics are folded into the filter once, and again when a parameter or buffer changes. ``padding=None`` keeps the size at stride 1.
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the processes of a group share their statistics, on CPUs too.
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the processes of a group share their statistics, on CPUs too. Gradients of
+    gradients (``create_graph=True``) need ``backend="eager"``.
 
     Raises ValueError for an unknown activation, and torch.nn.Conv2d's errors.
     """
@@ -125,7 +126,7 @@ class ConvBNAct(nn.Sequential):
             output = self.run_dense(input, *folded)
         elif self.can_train(input) and (kernels := _training.kernels_for(self.backend, input)) is not None:
             (cast,) = _conv_call.autocast(input)
-            output = _training.finish(kernels, self.convolve(kernels, _training.Pending(cast)))
+            output = _conv_call.in_layout_of(_training.finish(kernels, self.convolve(kernels, _training.Pending(cast))), input)
         else:
             output = super().forward(input)
         return output, output.mean((2, 3)) if means else None
@@ -149,7 +150,7 @@ class ConvBNAct(nn.Sequential):
             return False
         conv: Any = self[0]
         plain = conv.padding_mode == "zeros" and conv.bias is None and not isinstance(conv.padding, str)
-        same = input.dtype == conv.weight.dtype or torch.is_autocast_enabled(input.device.type)
+        same = input.dtype == conv.weight.dtype or _conv_call.is_autocast(input.device.type)
         return plain and same and input.dim() == 4 and input.shape[1] == conv.in_channels
 
     def convolve(self, kernels, input: _training.Pending, gates: _training.Gates | None = None) -> _training.Pending:
@@ -179,8 +180,8 @@ KINDS = (ConvBNAct, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, *ACTIVATIONS.va
 
 def can_fold(weight: Tensor, input: Tensor) -> bool:
     """Whether a call is inference in the module's own dtype: what kept weights are for."""
-    recording = torch.is_grad_enabled() or torch.is_autocast_enabled(input.device.type) or torch.jit.is_tracing()
-    return input.dtype == weight.dtype and not recording
+    followed = torch.is_grad_enabled() or _conv_call.is_autocast(input.device.type) or _conv_call.is_recorded()
+    return input.dtype == weight.dtype and not followed
 
 
 class SqueezeExcitation(nn.Module):

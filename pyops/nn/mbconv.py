@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyops import _backends, _library
 from pyops.nn import _training
-from pyops.nn._derived import Derived, is_plain
+from pyops.nn._derived import Derived, has_hooks, is_plain
 from pyops.nn.conv import KINDS, ConvBNAct, DropPath, SqueezeExcitation, can_fold
 from pyops.ops import _activations, _conv_call, _mbconv_ops  # noqa: F401  (registers the ops)
 
@@ -27,17 +27,24 @@ def finish_block(block: MBConv | FusedMBConv, kernels, pending: _training.Pendin
     return _training.finish(kernels, pending, keep, input)
 
 
-def is_standard(block: nn.Sequential) -> bool:
-    """Whether kernels can stand for a block's layers."""
-    last: Any = block[-1]
-    standard = all(part.activation is not None for part in block if isinstance(part, ConvBNAct))
-    return (
-        standard
-        and isinstance(last, ConvBNAct)
-        and last.activation == "none"
-        and is_plain(block, PARTS)
-        and all(part.is_standard() for part in block if isinstance(part, SqueezeExcitation))
-    )
+def is_standard(module: MBConv | FusedMBConv, kinds: tuple[type, ...]) -> bool:
+    """Whether kernels can stand for the layers: of these kinds in this order, nothing in them replaced by what kernels do not know, no
+    hooks inside, the last convolution without an activation."""
+    block: Any = module.block
+    if drops_otherwise(module) or has_hooks(block) or tuple(type(part) for part in block) != kinds or not is_plain(block, PARTS):
+        return False
+    known = all(part.is_standard() if isinstance(part, SqueezeExcitation) else part.activation is not None for part in block)
+    return known and block[-1].activation == "none"
+
+
+def drops_otherwise(module: MBConv | FusedMBConv) -> bool:
+    """Whether the drop path is another's, or has hooks."""
+    return type(module.stochastic_depth) is not DropPath or has_hooks(module.stochastic_depth)
+
+
+def drops(module: MBConv | FusedMBConv) -> bool:
+    """Whether the branch may be dropped, or who knows what: in training, or where that part alone is in training."""
+    return drops_otherwise(module) or (module.use_res_connect and module.stochastic_depth.training and module.stochastic_depth.p > 0)
 
 
 def check_sizes(op: str, kernel_size: int, stride: int, expand_ratio: int) -> None:
@@ -96,6 +103,7 @@ class MBConv(nn.Module):
         self.stochastic_depth = DropPath(drop_path)
         self.use_res_connect = stride == 1 and in_channels == out_channels
         self.expands = expand_ratio > 1
+        self.kinds = tuple(type(layer) for layer in layers)
         self.out_channels, self.backend = out_channels, backend
         self._packed = Derived()
 
@@ -109,20 +117,23 @@ class MBConv(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         first: Any = self.block[0]
-        if input.is_cpu and not torch.compiler.is_compiling() and can_fold(first[0].weight, input):
+        folds = can_fold(first[0].weight, input) and not drops(self)
+        if folds and input.is_cpu and not torch.compiler.is_compiling():
             wish = _backends.requested(self.backend)
             kernel = self._packed.get(self.block, self._pack, input.dtype) if wish in ("auto", "cpu") else None
-            if kernel is not None:
+            if kernel is not None:  # made for standard layers, and they have not changed
                 return self._infer(input, *kernel)
-        if is_standard(self.block):
-            parts = [part for part in self.block if isinstance(part, ConvBNAct)]
-            folded = parts[-1].folded() if can_fold(first[0].weight, input) else None
-            if folded is not None:
-                return self._run_folded(input, folded)
-            if parts[0].can_train(input) and all(part[0].bias is None for part in parts):
-                kernels = _training.kernels_for(self.backend, input)
-                if kernels is not None:
-                    return self._train(kernels, input)
+        if not is_standard(self, self.kinds):
+            output = self.block(input)
+            return self.stochastic_depth(output) + input if self.use_res_connect else output
+        parts: list[Any] = [part for part in self.block if isinstance(part, ConvBNAct)]
+        folded = parts[-1].folded() if folds else None
+        if folded is not None:
+            return self._run_folded(input, folded)
+        if first.can_train(input) and all(part[0].bias is None for part in parts):
+            kernels = _training.kernels_for(self.backend, input)
+            if kernels is not None:
+                return _conv_call.in_layout_of(self._train(kernels, input), input)
         output = self.block(input)
         return self.stochastic_depth(output) + input if self.use_res_connect else output
 
@@ -151,7 +162,7 @@ class MBConv(nn.Module):
 
     def _pack(self) -> tuple[Tensor, tuple] | None:
         """(packed weights, the op's other arguments), or None where the kernel cannot stand for the block."""
-        if not is_standard(self.block) or _library.not_loaded_reason() is not None:
+        if _library.not_loaded_reason() is not None or not is_standard(self, self.kinds):
             return None
         expand, depthwise, squeeze, project = self._parts()
         parts = [part for part in (expand, depthwise, project) if part is not None]
@@ -218,8 +229,8 @@ class FusedMBConv(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         first: Any = self.block[0]
         last: Any = self.block[-1]
-        if is_standard(self.block):
-            folded = last.folded() if can_fold(first[0].weight, input) else None
+        if is_standard(self, (ConvBNAct,) * len(self.block)):
+            folded = last.folded() if can_fold(first[0].weight, input) and not drops(self) else None
             if folded is not None:
                 return last.run_dense(first(input), *folded, residual=input if self.use_res_connect else None)
             if first.can_train(input) and last[0].bias is None:
@@ -227,6 +238,6 @@ class FusedMBConv(nn.Module):
                 if kernels is not None:
                     (cast,) = _conv_call.autocast(input)
                     pending = last.convolve(kernels, first.convolve(kernels, _training.Pending(cast)))
-                    return finish_block(self, kernels, pending, input)
+                    return _conv_call.in_layout_of(finish_block(self, kernels, pending, input), input)
         output = self.block(input)
         return self.stochastic_depth(output) + input if self.use_res_connect else output

@@ -48,7 +48,7 @@ def choose(op: str, backend: str | None, like: Tensor, eager_first: bool = False
     """The backend that runs a call on tensors such as `like`."""
     device = like.device.type
     reasons = lambda name: unsupported(device, like.dtype, name)  # noqa: E731
-    name = _backends.select(op, _backends.requested(backend), order(device, eager_first), reasons)
+    name = _backends.select(op, _backends.requested(backend), order(device, eager_first or is_recorded()), reasons)
     if not torch.compiler.is_compiling():
         _backends.log_choice(op, device, name)
     return name
@@ -68,10 +68,19 @@ def overload(backend: str) -> str:
     return "triton" if backend == "triton" else "default"
 
 
+def is_autocast(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def is_recorded() -> bool:
+    """Whether someone follows the ops of a call who knows torch's own alone: torch.jit.trace, the ONNX exporter, torch.func."""
+    return torch.jit.is_tracing() or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
+
+
 def autocast(*tensors):
     """Under autocast every tensor in its dtype, float64 excepted, as torch casts the arguments of its own convolutions."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not is_autocast(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyops import _library
-from pyops.ops import _activations, _channel_ops, _composed_ops, _depthwise_ops, _groups, _pointwise_ops
+from pyops.ops import _activations, _channel_ops, _composed_ops, _conv_call, _depthwise_ops, _groups, _pointwise_ops
 
 _PARTS = (
     "channel_moments", "channel_apply", "channel_sums", "channel_reduce", "channel_grad", "channel_grad_",
@@ -253,8 +253,9 @@ def refuse_second_order() -> None:
 
 
 def wanted(ctx, grads) -> list:
-    """Each gradient where it is asked for and exists."""
-    return [g if need and g.numel() else None for need, g in zip(ctx.needs_input_grad, grads, strict=False)]
+    """Each gradient where it is asked for and exists; the input's may be of no images."""
+    pairs = zip(ctx.needs_input_grad, grads, strict=False)
+    return [g if need and (g.numel() or not index) else None for index, (need, g) in enumerate(pairs)]
 
 
 def _composed(function, k: Kernels):
@@ -262,7 +263,7 @@ def _composed(function, k: Kernels):
 
     def call(*args):
         device = args[0].device.type
-        if not torch.is_autocast_enabled(device):
+        if not _conv_call.is_autocast(device):
             return function(k, *args)
         with torch.autocast(device, enabled=False):
             return function(k, *args)
@@ -326,13 +327,20 @@ def _save(tensors: int):
     return setup_context
 
 
+def _setup_batch_norm_act(ctx, inputs, output):
+    *tensors, residual = inputs[:6]
+    ctx.options = inputs[6:]
+    ctx.save_for_backward(*tensors, None if ctx.options[0] == 0 else residual)  # no activation: nobody reads it again
+
+
 def _autograd_batch_norm_act(ctx, op, grad):
     refuse_second_order()
-    found = list(op(grad, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[5]))
+    saved = ctx.saved_tensors  # once: hooks on saved tensors (checkpointing) unpack at every look
+    found = list(op(grad, *saved, *ctx.options, ctx.needs_input_grad[5]))
     if ctx.needs_input_grad[5] and ctx.options[0] == 0:  # without an activation the residual's gradient is the incoming one
         found[3] = grad
     grad_input, grad_weight, grad_bias, grad_residual = found
-    weight, bias = ctx.saved_tensors[2:4]
+    weight, bias = saved[2:4]
     grads = (
         grad_input, None,
         None if weight is None else grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype),
@@ -363,7 +371,7 @@ _TAIL = "int activation, float slope, str group"
 _BATCH_NORM = f"Tensor input, Tensor norm, Tensor? weight, Tensor? bias, Tensor? keep, Tensor? residual, {_TAIL}"
 define(
     "batch_norm_act", f"({_BATCH_NORM})", "Tensor",
-    lambda input, *_: image_like(input), _batch_norm_act, _save(6), _autograd_batch_norm_act,
+    lambda input, *_: image_like(input), _batch_norm_act, _setup_batch_norm_act, _autograd_batch_norm_act,
     (
         f"(Tensor grad, {_BATCH_NORM}, bool needs_residual) -> (Tensor, Tensor, Tensor, Tensor)",
         _fake_batch_norm_act_backward, _batch_norm_act_backward,

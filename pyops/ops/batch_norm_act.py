@@ -72,7 +72,7 @@ def batch_norm_act(
     image = input if input.dim() == 4 else _as_image(input)
     beside = None if residual is None else residual if input.dim() == 4 else _as_image(residual)
     running = (running_mean, running_var) if training else (None, None)
-    factor = 1.0 / num_batches_tracked if momentum is None and num_batches_tracked is not None else momentum
+    factor = 1.0 / num_batches_tracked if training and momentum is None and num_batches_tracked is not None else momentum
     if name == "eager" and not group:
         output = _eager(image, running_mean, running_var, weight, bias, use_batch, training, factor, eps, beside, keep)
         output = _activations.apply(output, number, negative_slope)
@@ -84,7 +84,7 @@ def batch_norm_act(
         count = image.numel() // max(1, image.shape[1])
         norm = statistics_of(kernels.channel_moments(image.detach()), count, eps, group, running, factor)
     else:
-        norm = constant_statistics(running_mean, running_var, eps)
+        norm = constant_statistics(running_mean, running_var, eps, image)
     keep = _conv_call.as_vector(keep, image)
     output = kernels.batch_norm_act_fwd(image, norm, weight, bias, keep, beside, number, negative_slope, group)
     return _conv_call.in_layout_of(output, image) if input.dim() == 4 else output.reshape(input.shape)
@@ -122,9 +122,9 @@ def _check_count(count: int) -> None:
         raise ValueError(f"{OP}: input: expected more than 1 value per channel when training")
 
 
-def constant_statistics(running_mean: Any, running_var: Any, eps: float) -> Tensor:
-    """`_fused_ops`' norm of running statistics."""
-    kind = torch.promote_types(running_mean.dtype, torch.float32)
+def constant_statistics(running_mean: Any, running_var: Any, eps: float, like: Tensor) -> Tensor:
+    """`_fused_ops`' norm of running statistics, for images such as `like`."""
+    kind = _channel_ops.vector_dtype(like.dtype)
     mean = running_mean.to(kind)
     return torch.stack([mean, torch.rsqrt(running_var.to(kind) + eps), torch.zeros_like(mean)])
 
@@ -134,10 +134,12 @@ def _as_image(t: Tensor) -> Tensor:
 
 
 def _eager(image, running_mean, running_var, weight, bias, use_batch, training, factor, eps, residual, keep) -> Tensor:
+    kind = _channel_ops.vector_dtype(image.dtype) if running_mean is None else running_mean.dtype  # torch wants one dtype for all four
+    weight, bias = (None if t is None else t.to(kind) for t in (weight, bias))
     kept_mean, kept_var = (running_mean, running_var) if training or not use_batch else (None, None)
     if use_batch and image.numel() == 0:  # torch has no answer; the kernels' is an empty tensor
         y = image.clone()
-    elif isinstance(factor, Tensor):  # an average over all batches, without reading the counter
+    elif use_batch and isinstance(factor, Tensor):  # an average over all batches, without reading the counter
         y = F.batch_norm(image, None, None, weight, bias, True, 0.0, eps)
         moments = _channel_ops._moments(image.detach())
         statistics_of(moments, image.numel() // image.shape[1], eps, "", (running_mean, running_var), factor)

@@ -62,8 +62,9 @@ def pointwise_conv(
     _check(*tensors, layer_norm, out)
     weight = weight.flatten(1)
     input, weight, residual = _conv_call.autocast(input, weight, residual)
-    if residual is not None and residual.dtype != input.dtype:
-        raise ValueError(f"{OP}: residual: expected input's dtype {input.dtype}, got {residual.dtype}")
+    for argument, t in (("residual", residual), ("out", out)):
+        if t is not None and t.dtype != input.dtype:
+            raise ValueError(f"{OP}: {argument}: expected input's dtype {input.dtype}, got {t.dtype}")
     if weight.dtype not in (input.dtype, torch.float32):
         raise ValueError(f"{OP}: weight: expected input's dtype {input.dtype} or float32, got {weight.dtype}")
     affine_of = layer_norm[:2] if layer_norm is not None else ()
@@ -169,8 +170,6 @@ def _check(input, weight, bias, scale, shift, gate, keep, residual, layer_norm, 
     _conv_call.check_tensor(OP, "keep", keep, input, (N,))
     for name, t in (("residual", residual), ("out", out)):
         _conv_call.check_tensor(OP, name, t, input, (N, O, H, W))
-    if out is not None and out.dtype != input.dtype:
-        raise ValueError(f"{OP}: out: expected input's dtype {input.dtype}, got {out.dtype}")
     if out is not None and out.numel() and _position_stride(out) is None:
         raise ValueError(f"{OP}: out: expected channels_last memory or a slice of its channels, got strides {tuple(out.stride())}")
     if layer_norm is None:
