@@ -150,6 +150,7 @@ def test_autocast():
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in block.parameters())
 
 
+@kernels
 @blocks
 def test_fullgraph(name):
     block, shape = build(name)
