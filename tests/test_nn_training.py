@@ -1,6 +1,9 @@
 """Training of the convolution modules: gradients against float64, batch norm's bookkeeping, memory, processes that share statistics."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from pyops import _library
 from pyops.nn import ConvBNAct, FusedMBConv, MBConv, SqueezeExcitation
 
 from .conftest import assert_gate
+from .two_processes import image, step
 
 kernels = pytest.mark.skipif(_library.not_loaded_reason() is not None, reason=str(_library.not_loaded_reason()))
 BLOCKS = {
@@ -46,23 +50,6 @@ def as_eager(block):
     for part in twin.modules():
         part.register_forward_hook(lambda *_: None)
     return twin
-
-
-def image(shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).contiguous(memory_format=torch.channels_last)
-
-
-def step(block, x):
-    """Output, gradients and running statistics of one step."""
-    x = x.clone(memory_format=torch.channels_last).requires_grad_()
-    torch.manual_seed(3)  # drop path
-    y = block(x)
-    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype))
-    running = [b for name, b in block.named_buffers() if "running" in name]
-    grads = [x.grad, *(p.grad for p in block.parameters())]
-    for p in block.parameters():
-        p.grad = None
-    return [y.detach(), *grads, *running]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -358,41 +345,19 @@ def test_a_large_batch_of_small_maps(training):
 # ------------------------------------------------------------------------------------------------------- several processes
 
 
-def _process(rank: int, file: str, results) -> None:
-    """One of two processes, each with its share of a batch."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    block = torch.nn.SyncBatchNorm.convert_sync_batchnorm(MBConv(8, 8, 3, 1, 4))
-    x = image((5, 8, 6, 6))[:2] if rank == 0 else image((5, 8, 6, 6))[2:]
-    reduced = []
-    plain = torch.distributed.all_reduce
-
-    def counted(t, *args, **kwargs):
-        reduced.append(t.numel())
-        return plain(t, *args, **kwargs)
-
-    torch.distributed.all_reduce = counted
-    found = step(block, x)
-    group = torch.distributed.group.WORLD
-    y = pyops.batch_norm_act(x, None, None, training=True, activation="silu", process_group=group)
-    results.put((rank, [t.numpy() for t in [*found, y]], reduced))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
 @kernels
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
 def test_two_processes_share_their_statistics(tmp_path):
     """SyncBN: two processes with unequal shares of a batch get what one process with the whole batch gets; one all-reduce each way."""
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.Queue()
-    workers = [context.Process(target=_process, args=(rank, str(tmp_path / "store"), results)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    parts = sorted(results.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join(60)
+    script = Path(__file__).with_name("two_processes.py")
+    workers = [subprocess.Popen([sys.executable, str(script), str(rank), str(tmp_path)]) for rank in range(2)]
+    try:
+        assert [worker.wait(120) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    (y0, dx0, *grads0), reduced = torch.load(tmp_path / "0.pt")
+    (y1, dx1, *grads1), _ = torch.load(tmp_path / "1.pt")
     torch.manual_seed(0)
     whole, x = MBConv(8, 8, 3, 1, 4), image((5, 8, 6, 6))
     twin = copy.deepcopy(whole)
@@ -400,15 +365,14 @@ def test_two_processes_share_their_statistics(tmp_path):
     x.requires_grad_()
     y = twin(x)
     y.backward(torch.cat(cotangents))
-    (first, (y0, dx0, *grads0), reduced), (_, (y1, dx1, *grads1), _) = parts
-    assert first == 0 and reduced == [2 * 32 + 1, 2 * 32 + 1, 2 * 8 + 1, 2 * 8, 2 * 32, 2 * 32, 2 * 8 + 1]
+    assert reduced == [2 * 32 + 1, 2 * 32 + 1, 2 * 8 + 1, 2 * 8, 2 * 32, 2 * 32, 2 * 8 + 1]
     close = dict(rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.cat([torch.from_numpy(y0), torch.from_numpy(y1)]), y.detach(), **close)
-    torch.testing.assert_close(torch.cat([torch.from_numpy(dx0), torch.from_numpy(dx1)]), x.grad, **close)
+    torch.testing.assert_close(torch.cat([y0, y1]), y.detach(), **close)
+    torch.testing.assert_close(torch.cat([dx0, dx1]), x.grad, **close)
     count = len(list(twin.parameters()))
     for a, b, p in zip(grads0[:count], grads1[:count], twin.parameters(), strict=True):  # each process has its share of the sum
-        torch.testing.assert_close(torch.from_numpy(a + b), p.grad, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(a + b, p.grad, rtol=1e-3, atol=1e-4)
     for a, expected in zip(grads0[count:-1], [b for name, b in twin.named_buffers() if "running" in name], strict=True):
-        torch.testing.assert_close(torch.from_numpy(a), expected, **close)
+        torch.testing.assert_close(a, expected, **close)
     expected = pyops.batch_norm_act(x.detach(), None, None, training=True, activation="silu")
-    torch.testing.assert_close(torch.cat([torch.from_numpy(grads0[-1]), torch.from_numpy(grads1[-1])]), expected, **close)
+    torch.testing.assert_close(torch.cat([grads0[-1], grads1[-1]]), expected, **close)
