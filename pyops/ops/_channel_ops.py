@@ -39,6 +39,22 @@ def vector_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def image_like(t: Tensor, *shape: int) -> Tensor:
+    """An empty channels_last image of t's shape, or of another."""
+    return torch.empty(shape or t.shape, dtype=t.dtype, device=t.device, memory_format=torch.channels_last)
+
+
+def vector(like: Tensor, *shape: int) -> Tensor:
+    """Empty, of the dtype that goes with images like `like`."""
+    return like.new_empty(shape, dtype=vector_dtype(like.dtype))
+
+
+def identity(like: Tensor) -> Tensor:
+    """An affine that changes nothing; as `_fused_ops`' norm, constants of mean 0 and deviation 1."""
+    zeros = torch.zeros(like.shape[1], dtype=vector_dtype(like.dtype), device=like.device)
+    return torch.stack([zeros, torch.ones_like(zeros), zeros])
+
+
 def _wide(image: Tensor) -> Tensor:
     return image.to(vector_dtype(image.dtype))
 
@@ -133,45 +149,37 @@ def _terms(sums, norm, affine):
     return torch.stack([shares[0], shares[1] * norm[1].square()]), sums[1] * norm[1], sums[0].clone()
 
 
-def _like(input) -> Tensor:
-    return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
-
-
-def _vector(input, *shape) -> Tensor:
-    return input.new_empty(shape, dtype=vector_dtype(input.dtype))
-
-
 _PLACE = "Tensor? affine, Tensor? keep, Tensor? residual"
 _GRADIENT = "Tensor? keep, Tensor? residual, Tensor? gate, Tensor? offset, int activation, float slope"
 _OVERLOADS = ("", "triton")
 _library.define(
-    "channel_moments", "(Tensor input) -> Tensor", fake=lambda x: _vector(x, 2, x.shape[1]), reference=_moments, overloads=_OVERLOADS
+    "channel_moments", "(Tensor input) -> Tensor", fake=lambda x: vector(x, 2, x.shape[1]), reference=_moments, overloads=_OVERLOADS
 )
 _library.define(
     "channel_apply",
     f"(Tensor input, {_PLACE}, Tensor? gate, Tensor? offset, int activation, float slope) -> Tensor",
-    fake=lambda input, *_: _like(input),
+    fake=lambda input, *_: image_like(input),
     reference=_apply,
     overloads=_OVERLOADS,
 )
 _library.define(
     "channel_sums",
     f"(Tensor input, Tensor? grad, {_PLACE}, int activation, float slope) -> Tensor",
-    fake=lambda input, *_: _vector(input, *input.shape[:2]),
+    fake=lambda input, *_: vector(input, *input.shape[:2]),
     reference=_sums,
     overloads=_OVERLOADS,
 )
 _library.define(
     "channel_reduce",
     f"(Tensor grad, Tensor input, Tensor affine, {_GRADIENT}) -> Tensor",
-    fake=lambda grad, input, *_: _vector(input, 2, input.shape[1]),
+    fake=lambda grad, input, *_: vector(input, 2, input.shape[1]),
     reference=_reduce,
     overloads=_OVERLOADS,
 )
 _library.define(
     "channel_grad",
     f"(Tensor grad, Tensor input, Tensor? affine, Tensor? terms, {_GRADIENT}, bool needs_residual) -> (Tensor, Tensor)",
-    fake=lambda grad, input, *options: (_like(input), _like(input) if options[-1] else input.new_empty(0)),
+    fake=lambda grad, input, *options: (image_like(input), image_like(input) if options[-1] else input.new_empty(0)),
     reference=_grad,
     overloads=_OVERLOADS,
 )

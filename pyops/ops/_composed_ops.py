@@ -40,34 +40,28 @@ def _compose(overload: str):
         grad_weight = (rows.t() @ rows_of(a)).contiguous()
         del a
         if not needs_input:
-            return input.new_empty(0), grad_weight, _vector(input, 0)
+            return input.new_empty(0), grad_weight, _channel_ops.vector(input, 0)
         grad_a = image_of(rows @ weight.to(rows.dtype), grad.shape[0], *grad.shape[2:])
-        found = sums_of(input, grad_a, affine, None, None, activation, slope) if sums else _vector(input, 0)
+        found = sums_of(input, grad_a, affine, None, None, activation, slope) if sums else _channel_ops.vector(input, 0)
         return grad_a, grad_weight, found
 
     return forward, backward, pointwise_back
 
 
-def _vector(like, *shape):
-    return like.new_empty(shape, dtype=_channel_ops.vector_dtype(like.dtype))
-
-
-def _image(like, *shape):
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
 def _fake(input, affine, activation, slope, weight, stride, padding, dilation):
-    return _image(input, *input.shape[:2], *_depthwise_ops.output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation))
+    return _channel_ops.image_like(
+        input, *input.shape[:2], *_depthwise_ops.output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    )
 
 
 def _fake_backward(grad, input, affine, activation, slope, weight, *_):
-    return _image(input, *input.shape), torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return _channel_ops.image_like(input, *input.shape), torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def _fake_pointwise_back(grad, input, weight, affine, gate, activation, slope, needs_input, sums):
-    grad_a = _image(input, *input.shape) if needs_input else input.new_empty(0)
+    grad_a = _channel_ops.image_like(input, *input.shape) if needs_input else input.new_empty(0)
     wanted = needs_input and sums
-    return grad_a, input.new_empty(weight.shape), _vector(input, *(input.shape[:2] if wanted else (0,)))
+    return grad_a, input.new_empty(weight.shape), _channel_ops.vector(input, *(input.shape[:2] if wanted else (0,)))
 
 
 _forward, _backward, compose_pointwise_back = _compose("default")

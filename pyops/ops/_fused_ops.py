@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pyops import _library
 from pyops.ops import _activations, _channel_ops, _composed_ops, _conv_call, _depthwise_ops, _groups, _pointwise_ops
+from pyops.ops._channel_ops import image_like, vector
 
 _PARTS = (
     "channel_moments", "channel_apply", "channel_sums", "channel_reduce", "channel_grad", "channel_grad_",
@@ -113,14 +114,9 @@ def _depthwise(k, input, weight, norm, bn_weight, bn_bias, stride, padding, dila
     if norm is None and activation == 0:
         output, _ = k.depthwise_infer(input, weight, None, None, stride, padding, dilation, 0, 0.0, False)
     else:
-        affine = _identity(input) if norm is None else norm.affine
+        affine = _channel_ops.identity(input) if norm is None else norm.affine
         output = k.depthwise_after(input, affine, activation, slope, weight, stride, padding, dilation)
     return output, k.channel_moments(output)
-
-
-def _identity(input) -> Tensor:
-    zeros = input.new_zeros(input.shape[1], dtype=_channel_ops.vector_dtype(input.dtype))
-    return torch.stack([zeros, zeros + 1, zeros])
 
 
 def _depthwise_backward(k, grad, input, weight, norm, bn_weight, bn_bias, stride, padding, dilation, activation, slope, group):
@@ -128,7 +124,7 @@ def _depthwise_backward(k, grad, input, weight, norm, bn_weight, bn_bias, stride
     if norm is None and activation == 0:
         grad_input, grad_weight, *_ = k.depthwise_bwd(grad, None, input, weight, None, None, stride, padding, dilation, 0, 0.0, True, True)
         return grad_input, grad_weight, *_nothing(input, 2)
-    affine = _identity(input) if norm is None else norm.affine
+    affine = _channel_ops.identity(input) if norm is None else norm.affine
     found, grad_weight = k.depthwise_after_bwd(grad, input, affine, activation, slope, weight, stride, padding, dilation)
     grad_input, *grads = _backward_of_input(k, found, input, norm, None, None, activation, slope)
     return grad_input, grad_weight, *grads
@@ -203,14 +199,6 @@ def _pointwise_backward(
 
 
 # ------------------------------------------------------------------------------------------------------------------- registration
-
-
-def image_like(t: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape or t.shape, dtype=t.dtype, device=t.device, memory_format=torch.channels_last)
-
-
-def vector(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=_channel_ops.vector_dtype(like.dtype))
 
 
 def _norm_vectors(input: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor]:

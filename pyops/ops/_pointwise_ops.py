@@ -69,7 +69,7 @@ _OPERANDS = 12  # arguments before `moments` and `tf32`
 
 def _run(*arguments):
     output = _output(*arguments[:_OPERANDS])
-    return output, _channel_ops._moments(output) if arguments[_OPERANDS] else _vector(output, 0)
+    return output, _channel_ops._moments(output) if arguments[_OPERANDS] else _channel_ops.vector(output, 0)
 
 
 def _into(output, *arguments):
@@ -82,14 +82,10 @@ def tf32_allowed(input: Tensor) -> bool:
     return input.is_cuda and not torch.compiler.is_compiling() and cudnn.conv.fp32_precision == "tf32"
 
 
-def _vector(like: Tensor, *shape) -> Tensor:
-    return like.new_empty(shape, dtype=_channel_ops.vector_dtype(like.dtype))
-
-
 def _fake(input, weight, *options):
     N, _, H, W = input.shape
-    output = torch.empty((N, weight.shape[0], H, W), dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
-    return output, _vector(input, *((2, weight.shape[0]) if options[_OPERANDS - 2] else (0,)))
+    output = _channel_ops.image_like(input, N, weight.shape[0], H, W)
+    return output, _channel_ops.vector(input, *((2, weight.shape[0]) if options[_OPERANDS - 2] else (0,)))
 
 
 _library.define(

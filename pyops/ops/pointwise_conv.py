@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyops import _backends
-from pyops.ops import _activations, _conv_call, _fused_ops, _pointwise_ops
+from pyops.ops import _activations, _channel_ops, _conv_call, _fused_ops, _pointwise_ops
 
 OP = "pointwise_conv"
 
@@ -123,22 +123,16 @@ def _differentiable(name, input, weight, bias, scale, shift, before, gate, keep,
     kernels = _fused_ops.KERNELS[_conv_call.overload(name)]
     if gate is not None:
         if scale is not None or shift is not None or before != 0:
-            input = kernels.batch_norm_act_fwd(input, _identity(input.shape[1], input), scale, shift, None, None, before, slope, "")
+            input = kernels.batch_norm_act_fwd(input, _channel_ops.identity(input), scale, shift, None, None, before, slope, "")
         input = input * gate.to(input.dtype)[:, :, None, None]
         scale = shift = None
         before = 0
-    norm = _identity(input.shape[1], input) if scale is not None or shift is not None else None
+    norm = _channel_ops.identity(input) if scale is not None or shift is not None else None
     y, _, _ = kernels.pointwise_train_fwd(input, weight, norm, scale, shift, None, None, None, None, before, slope, 0, 0, "")
     if bias is None and keep is None and residual is None and after == 0:
         return y
     multipliers = _conv_call.as_vector(keep, input)
-    return kernels.batch_norm_act_fwd(y, _identity(y.shape[1], y), None, bias, multipliers, residual, after, slope, "")
-
-
-def _identity(C: int, like: Tensor) -> Tensor:
-    """`_fused_ops`' norm that changes nothing."""
-    zeros, ones = torch.zeros(C, device=like.device), torch.ones(C, device=like.device)
-    return torch.stack([zeros, ones, zeros])
+    return kernels.batch_norm_act_fwd(y, _channel_ops.identity(y), None, bias, multipliers, residual, after, slope, "")
 
 
 def _eager(input, weight, bias, scale, shift, before, gate, keep, residual, after, slope) -> Tensor:

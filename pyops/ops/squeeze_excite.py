@@ -96,11 +96,11 @@ def _backward(k, grad, input, fc1, bias1, fc2, bias2, means, activation, gate_ac
 
 
 def _fake(input, *_):
-    return _fused_ops.image_like(input), _fused_ops.vector(input, *input.shape[:2])
+    return _channel_ops.image_like(input), _channel_ops.vector(input, *input.shape[:2])
 
 
 def _fake_backward(grad, input, fc1, bias1, fc2, bias2, means, *_):
-    return _fused_ops.image_like(input), *(torch.empty_like(t) for t in (fc1, bias1, fc2, bias2, means))
+    return _channel_ops.image_like(input), *(torch.empty_like(t) for t in (fc1, bias1, fc2, bias2, means))
 
 
 def _setup_context(ctx, inputs, output):
