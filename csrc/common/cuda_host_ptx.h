@@ -119,6 +119,11 @@ inline void cp_async_16(void* shared, const void* global) {
   std::memset(shared, 0xFF, 16);
   self.copies.push_back({shared, global, 16, self.copy_group});
 }
+inline void cp_async_16_or_zero(void* shared, const void* global, bool exists) {
+  alignas(16) static const unsigned char zeros[16] = {};
+  if (reinterpret_cast<uintptr_t>(global) % 16) throw std::runtime_error("cp.async: not 16-byte aligned");
+  cp_async_16(shared, exists ? global : zeros);
+}
 inline void cp_async_commit() { ++host::machine().current->copy_group; }
 template <int kPending>
 inline void cp_async_wait() {

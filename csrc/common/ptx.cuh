@@ -82,6 +82,11 @@ PYOPS_DEVICE void cp_async_16(void* shared, const void* global) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 }
+// The same, or 16 bytes of zeros where there is nothing to copy: `global` is then not read, but must be aligned all the same.
+PYOPS_DEVICE void cp_async_16_or_zero(void* shared, const void* global, bool exists) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(exists ? 16 : 0) : "memory");
+}
 PYOPS_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 PYOPS_DEVICE void cp_async_wait() {

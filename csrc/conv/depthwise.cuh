@@ -149,4 +149,7 @@ PYOPS_DEVICE void sum_lanes(const float (&sum)[kRows][V], const Place& me, const
   }
 }
 
+// means [N, C] = sums [N, tiles, C] summed over tiles in order, divided by `positions`.
+void merge_means(const float* sums, float* means, int64_t N, int64_t C, int tiles, float positions, cudaStream_t stream);
+
 }  // namespace pyops::conv

@@ -32,6 +32,22 @@ struct ConvParams {
   const float* grad_means;  // gradient: [N, C] or null
 };
 
+// acc += the taps of one row of a K x K filter, for the strip that begins with in[0]. ky: which row; taps are in shared memory.
+template <int V, int K, int S>
+PYOPS_DEVICE void add_row(const float (&in)[(kStrip - 1) * S + K][V], const float* filter, int ky, int group, int groups,
+                          float (&acc)[kStrip][V]) {
+  PYOPS_UNROLL
+  for (int kx = 0; kx < K; ++kx) {
+    float w[V];
+    load_filter<V>(filter, ky * K + kx, group, groups, w);
+    PYOPS_UNROLL
+    for (int t = 0; t < kStrip; ++t) {
+      PYOPS_UNROLL
+      for (int v = 0; v < V; ++v) acc[t][v] += w[v] * in[t * S + kx][v];
+    }
+  }
+}
+
 // acc += the taps first .. last of the strip that starts at (oy, ox).
 template <class T, int V, int K, int S>
 PYOPS_DEVICE void add_taps(const ConvParams& p, const T* image, const Place& me, int oy, int ox, int first, int last, const float* filter,
@@ -48,16 +64,7 @@ PYOPS_DEVICE void add_taps(const ConvParams& p, const T* image, const Place& me,
       PYOPS_UNROLL
       for (int j = 0; j < kReach; ++j)
         load_or_zero<T, V>(static_cast<unsigned>(x + j) < static_cast<unsigned>(d.W), image + (row + static_cast<int64_t>(j) * d.C), in[j]);
-      PYOPS_UNROLL
-      for (int kx = 0; kx < K; ++kx) {
-        float w[V];
-        load_filter<V>(filter, ky * K + kx, me.group, p.cut.groups, w);
-        PYOPS_UNROLL
-        for (int t = 0; t < kStrip; ++t) {
-          PYOPS_UNROLL
-          for (int v = 0; v < V; ++v) acc[t][v] += w[v] * in[t * S + kx][v];
-        }
-      }
+      add_row<V, K, S>(in, filter, ky, me.group, p.cut.groups, acc);
     }
   } else {
     int ky = first / d.KW, kx = first % d.KW;

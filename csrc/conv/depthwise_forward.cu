@@ -34,6 +34,16 @@ depthwise_means(MeansParams p) {
   }
 }
 
+}  // namespace
+
+void merge_means(const float* sums, float* means, int64_t N, int64_t C, int tiles, float positions, cudaStream_t stream) {
+  const MeansParams params{sums, means, N, C, tiles, positions};
+  const int64_t blocks = ceil_div(N * C, int64_t{kDepthwiseThreads});
+  launch("depthwise_means", depthwise_means, LaunchShape{dim3(blocks < 65536 ? blocks : 65536), kDepthwiseThreads, 0}, stream, params);
+}
+
+namespace {
+
 bool vectors_of(const DepthwiseForward& p) {
   const int element = p.dtype == DType::f32 ? 4 : 2;
   return vectors_fit(p.s.C, 16 / element, element, {p.input, p.residual, p.output});
@@ -76,11 +86,7 @@ void depthwise_forward(const DepthwiseForward& p, void* workspace, cudaStream_t 
       launch("depthwise_conv_forward", depthwise_conv_forward<T, V, K, S>, shape, stream, params);
     });
   });
-  if (p.means && !one_tile) {
-    const MeansParams means{params.sums, p.means, p.s.N, p.s.C, params.cut.tiles, positions};
-    const int64_t blocks = ceil_div(p.s.N * p.s.C, int64_t{kDepthwiseThreads});
-    launch("depthwise_means", depthwise_means, LaunchShape{dim3(blocks < 65536 ? blocks : 65536), kDepthwiseThreads, 0}, stream, means);
-  }
+  if (p.means && !one_tile) merge_means(params.sums, p.means, p.s.N, p.s.C, params.cut.tiles, positions, stream);
 }
 
 #define PYOPS_FORWARD_KERNELS(T, V)                                                                                 \

@@ -57,7 +57,7 @@ pointwise_tile(PointwiseParams p) {
     finish_tile<T, kM>(p, m0, o0, sums_tile);
     __syncthreads();
     if (p.partials) {
-      add_moments<kM>(p, m0, sums_tile, sums_tile + kM * kSumsPitch, moments);
+      add_moments<kM>(p.M, m0, sums_tile, sums_tile + kM * kSumsPitch, moments);
       __syncthreads();
     }
   }
@@ -84,19 +84,46 @@ pointwise_pack(PackParams p) {
   static_cast<T*>(p.packed)[i] = from_float<T>(c < p.C ? to_float(static_cast<const Weight*>(p.weight)[o * p.C + c]) : 0.f);
 }
 
+template <class T, class Weight>
+void launch_pack(const PackParams& params, cudaStream_t stream) {
+  const LaunchShape shape{dim3(static_cast<unsigned>(ceil_div(params.count, int64_t{kPackThreads}))), kPackThreads, 0};
+  launch("pointwise_pack", pointwise_pack<T, Weight>, shape, stream, params);
+}
+
+}  // namespace
+
+WeightPlan plan_weight(const void* weight, DType weight_dtype, DType dtype, int64_t O, int64_t C) {
+  const int64_t element = dtype == DType::f32 ? 4 : 2, piece = 16 / element;
+  WeightPlan plan{};
+  plan.packs = weight_dtype != dtype || C % piece != 0 || reinterpret_cast<uintptr_t>(weight) % 16 != 0;
+  plan.pitch = static_cast<int>(round_up(C, piece));
+  plan.packed_bytes = plan.packs ? round_up(static_cast<size_t>(O * plan.pitch * element), size_t{256}) : 0;
+  return plan;
+}
+
+void pack_weight(const WeightPlan& plan, const void* weight, DType weight_dtype, DType dtype, void* packed, int64_t O, int64_t C,
+                 cudaStream_t stream) {
+  const PackParams params{weight, packed, O * plan.pitch, static_cast<int>(C), plan.pitch};
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    weight_dtype == DType::f32 ? launch_pack<T, float>(params, stream) : launch_pack<T, T>(params, stream);
+  });
+}
+
+namespace {
+
 // How a call is computed; the workspace and the launches follow from it.
 struct Plan {
   int rows;   // of a tile
   int tiles;  // of a block
   int64_t slots, run;
-  bool packs;
-  int pitch;
-  size_t packed_bytes, partial_bytes;
+  WeightPlan weight;
+  size_t partial_bytes;
 };
 
 Plan plan_of(const Pointwise& p) {
   constexpr int64_t kMost = 1 << 30;
-  const int64_t M = p.N * p.P, element = p.dtype == DType::f32 ? 4 : 2, piece = 16 / element, o_tiles = ceil_div(p.O, int64_t{kTileO});
+  const int64_t M = p.N * p.P, o_tiles = ceil_div(p.O, int64_t{kTileO});
   if (M > kMost || p.C > kMost || p.O > kMost) throw std::runtime_error("1x1 convolution on a GPU: up to 2^30 positions or channels");
   const int64_t sms = device_limits().sm_count;
   Plan plan{};
@@ -106,17 +133,9 @@ Plan plan_of(const Pointwise& p) {
   plan.tiles = static_cast<int>(ceil_div(all, all < most ? all : most));
   plan.slots = ceil_div(all, int64_t{plan.tiles}), plan.run = rows * plan.tiles, plan.rows = static_cast<int>(rows);
   if (plan.slots * o_tiles > INT32_MAX) throw std::runtime_error("1x1 convolution: too much for one launch");
-  plan.packs = p.weight_dtype != p.dtype || p.C % piece != 0 || reinterpret_cast<uintptr_t>(p.weight) % 16 != 0;
-  plan.pitch = static_cast<int>(round_up(p.C, piece));
-  plan.packed_bytes = plan.packs ? round_up(static_cast<size_t>(p.O * plan.pitch * element), size_t{256}) : 0;
+  plan.weight = plan_weight(p.weight, p.weight_dtype, p.dtype, p.O, p.C);
   plan.partial_bytes = p.moments && plan.slots > 1 ? sizeof(float) * 2 * static_cast<size_t>(plan.slots * p.O) : 0;
   return plan;
-}
-
-template <class T, class Weight>
-void launch_pack(const PackParams& params, cudaStream_t stream) {
-  const LaunchShape shape{dim3(static_cast<unsigned>(ceil_div(params.count, int64_t{kPackThreads}))), kPackThreads, 0};
-  launch("pointwise_pack", pointwise_pack<T, Weight>, shape, stream, params);
 }
 
 template <class T, Product kProduct>
@@ -143,7 +162,7 @@ PointwiseParams params_of(const Pointwise& p, const Plan& plan) {
   params.rows = p.rows, params.affine = p.affine, params.gate = p.gate, params.bias = p.bias, params.keep = p.keep;
   params.M = static_cast<int>(p.N * p.P), params.P = static_cast<int>(p.P);
   params.input_stride = p.input_stride, params.residual_stride = p.residual_stride, params.output_stride = p.output_stride;
-  params.C = static_cast<int>(p.C), params.O = static_cast<int>(p.O), params.weight_pitch = plan.pitch;
+  params.C = static_cast<int>(p.C), params.O = static_cast<int>(p.O), params.weight_pitch = plan.weight.pitch;
   params.tiles = plan.tiles, params.o_tiles = ceil_div(params.O, kTileO);
   params.input_activation = p.input_activation, params.activation = p.activation;
   params.input_slope = p.input_slope, params.slope = p.slope;
@@ -160,7 +179,7 @@ PointwiseParams params_of(const Pointwise& p, const Plan& plan) {
 size_t pointwise_workspace(const Pointwise& p) {
   if (p.N * p.P == 0 || p.O == 0) return 0;
   const Plan plan = plan_of(p);
-  return plan.packed_bytes + plan.partial_bytes;
+  return plan.weight.packed_bytes + plan.partial_bytes;
 }
 
 void pointwise_run(const Pointwise& p, void* workspace, cudaStream_t stream) {
@@ -170,14 +189,13 @@ void pointwise_run(const Pointwise& p, void* workspace, cudaStream_t stream) {
   }
   const Plan plan = plan_of(p);
   PointwiseParams params = params_of(p, plan);
-  params.partials = plan.partial_bytes ? reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.packed_bytes) : p.moments;
+  params.partials = plan.partial_bytes ? reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.weight.packed_bytes) : p.moments;
+  if (plan.weight.packs) {
+    pack_weight(plan.weight, p.weight, p.weight_dtype, p.dtype, workspace, p.O, p.C, stream);
+    params.weight = workspace;
+  }
   with_type(p.dtype, [&](auto type) {
     using T = decltype(type);
-    if (plan.packs) {
-      const PackParams pack{p.weight, workspace, p.O * plan.pitch, params.C, plan.pitch};
-      p.weight_dtype == DType::f32 ? launch_pack<T, float>(pack, stream) : launch_pack<T, T>(pack, stream);
-      params.weight = workspace;
-    }
     if constexpr (is_16bit<T>) launch_tiles<T, Product::mma>(plan, params, stream);
     else if (p.tf32) launch_tiles<T, Product::tf32>(plan, params, stream);
     else launch_tiles<T, Product::fma>(plan, params, stream);

@@ -14,6 +14,7 @@
 //
 // Floors: input and residual once (input from L2 for each further block of channels), output once; 2*M*C*O flops.
 #pragma once
+#include "../common/launch.cuh"
 #include "activation.cuh"
 #include "vectors.cuh"
 
@@ -162,9 +163,9 @@ struct InputTile {
   }
 };
 
-// Starts the copy of a step of the weight's rows o0 .. o0 + 63; zeros where there are none.
-template <class T, int kM>
-PYOPS_DEVICE void copy_weight(const PointwiseParams& p, int o0, int step, unsigned char* tile) {
+// Starts the copy of a step of the weight's rows o0 .. o0 + 63; zeros where there are none. Params says weight, O and weight_pitch.
+template <class T, int kM, class Params>
+PYOPS_DEVICE void copy_weight(const Params& p, int o0, int step, unsigned char* tile) {
   constexpr int kApart = kTileThreads<kM> / kStepPieces;
   const int piece = static_cast<int>(threadIdx.x) % kStepPieces, k = step * kStep<T> + piece * kPiece<T>;
   PYOPS_UNROLL
@@ -177,6 +178,17 @@ PYOPS_DEVICE void copy_weight(const PointwiseParams& p, int o0, int step, unsign
   ptx::cp_async_commit();
 }
 
+// How the launchers give weight [O, C] to copy_weight: as it is where cp.async can read it, else packed by a kernel of its own.
+struct WeightPlan {
+  bool packs;
+  int pitch;
+  size_t packed_bytes;
+};
+WeightPlan plan_weight(const void* weight, DType weight_dtype, DType dtype, int64_t O, int64_t C);
+// [O, C] -> [O, pitch] of dtype, zeros behind C.
+void pack_weight(const WeightPlan& plan, const void* weight, DType weight_dtype, DType dtype, void* packed, int64_t O, int64_t C,
+                 cudaStream_t stream);
+
 // The tile's sums, in the registers of its threads.
 template <class T, Product kProduct, int kM>
 struct TileSums {
@@ -187,6 +199,8 @@ struct TileSums {
     for (int i = 0; i < 32; ++i) sum[i / 16][i / 4 % 4][i % 4] = 0.f;
   }
 
+  // kRoundInput: the input's floats are still full floats, where the product is tf32's.
+  template <bool kRoundInput = false>
   PYOPS_DEVICE void multiply(const unsigned char* input, const unsigned char* weight, bool) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
     input += (warp / 2 * 32 + lane % 16) * kRowBytes + lane / 16 * 16;
@@ -198,6 +212,10 @@ struct TileSums {
       for (int i = 0; i < 2; ++i) {
         ptx::ldmatrix_x4(a[i], input + 16 * i * kRowBytes + half * 32);
         ptx::ldmatrix_x4(b[i], weight + 16 * i * kRowBytes + half * 32);
+        if constexpr (kRoundInput && kProduct == Product::tf32) {
+          PYOPS_UNROLL
+          for (int part = 0; part < 4; ++part) a[i][part] = ptx::float_to_tf32(bits_to_float(a[i][part]));
+        }
       }
       PYOPS_UNROLL
       for (int i = 0; i < 2; ++i) {
@@ -235,6 +253,7 @@ struct TileSums<float, Product::fma, kM> {
     for (int i = 0; i < 32; ++i) sum[i / 4][i % 4] = 0.f, slice[i / 4][i % 4] = 0.f;
   }
 
+  template <bool kRoundInput = false>
   PYOPS_DEVICE void multiply(const unsigned char* input, const unsigned char* weight, bool last_of_slice) {
     const int x = static_cast<int>(threadIdx.x) % 16, y = static_cast<int>(threadIdx.x) / 16;
     PYOPS_UNROLL

@@ -69,14 +69,14 @@ struct ColumnMoments {
   }
 };
 
-// Every thread of the block calls it, after a barrier. room: two floats a thread.
+// Of positions m0 .. M - 1, as far as the tile goes. Every thread of the block calls it, after a barrier. room: two floats a thread.
 template <int kM>
-PYOPS_DEVICE void add_moments(const PointwiseParams& p, int m0, const float* tile, float* room, ColumnMoments& moments) {
+PYOPS_DEVICE void add_moments(int M, int m0, const float* tile, float* room, ColumnMoments& moments) {
   constexpr int kRows = 32, kGroups = kTileThreads<kM> / kTileO;
   static_assert(kRows * kGroups == kM, "the block's threads share the tile's rows");
   const int column = static_cast<int>(threadIdx.x) % kTileO, group = static_cast<int>(threadIdx.x) / kTileO;
   auto count_of = [&](int g) {
-    const int left = p.M - m0 - g * kRows;
+    const int left = M - m0 - g * kRows;
     return left < 0 ? 0 : left < kRows ? left : kRows;
   };
   const float* const at = tile + group * kRows * kSumsPitch + column;
