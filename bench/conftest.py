@@ -65,7 +65,7 @@ def measure_peaks(device: str, dtype: torch.dtype) -> dict[str, float | None]:
     if device == "cpu" and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available():
         # oneDNN with packed weights passes MKL's plain GEMM on some CPUs; private, so tried before it is believed
         try:
-            packed = torch.ops.mkldnn._reorder_linear_weight(b.to_mkldnn(), N)
+            packed = torch.ops.mkldnn._reorder_linear_weight(b, N)
             linear = torch.ops.mkldnn._linear_pointwise
             linear(a, packed, None, "none", [], "")
             gemms.append(lambda: linear(a, packed, None, "none", [], ""))

@@ -7,8 +7,10 @@ from pyops import nn
 from pyops._backends import backend, explain
 from pyops.fuse import fuse, unfuse
 from pyops.ops.batch_norm_act import batch_norm_act
+from pyops.ops.conv_bn_act import conv_bn_act, conv_transpose_bn_act
 from pyops.ops.depthwise_conv import depthwise_conv_bn_act
 from pyops.ops.gru import fused_gru, gru_cell
+from pyops.ops.linear_act import linear_act
 from pyops.ops.lstm import fused_lstm, lstm_cell
 from pyops.ops.pointwise_conv import pointwise_conv
 from pyops.ops.rnn import fused_rnn, rnn_cell
@@ -19,6 +21,8 @@ __version__ = "0.1.0"
 __all__ = [
     "backend",
     "batch_norm_act",
+    "conv_bn_act",
+    "conv_transpose_bn_act",
     "depthwise_conv_bn_act",
     "explain",
     "fuse",
@@ -26,6 +30,7 @@ __all__ = [
     "fused_lstm",
     "fused_rnn",
     "gru_cell",
+    "linear_act",
     "lstm_cell",
     "nn",
     "pointwise_conv",

@@ -105,7 +105,7 @@ stage_sanitizer() {
   ((QUICK_RUN)) && return
   # the convolution family's kernels have no such driver yet: small tests that reach each of them, through PyTorch
   compute-sanitizer --tool "$1" --error-exitcode 9 "$PYTHON" -m pytest -q tests/test_depthwise.py tests/test_channel_ops.py \
-    tests/test_pointwise_ops.py -k "cuda and (integers or layout or slices or 2x20x5x3)"
+    tests/test_pointwise_ops.py tests/test_dense_ops.py tests/test_expand_depthwise.py -k "cuda and (integers or layout or slices or 2x20x5x3)"
 }
 stage_memcheck() { stage_sanitizer memcheck; }
 stage_racecheck() { stage_sanitizer racecheck; }

@@ -10,7 +10,7 @@ from pyops.testing import SPECS, within_gate
 
 torch.set_num_threads(2)
 
-DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
+DEVICES = {"cpu": "cpu", "vendor": "cpu", "cuda": "cuda", "triton": "cuda"}
 NO_GPU = {"cuda", "triton"} if not torch.cuda.is_available() else set()
 
 

@@ -175,8 +175,19 @@ def multiplies_as_named(kernel: str, text: str) -> list[str]:
     return [] if wanted in text else [f"{product} products must run on tensor cores"]
 
 
+def multiplies_and_convolves(kernel: str, text: str) -> list[str]:
+    """expand_depthwise<dtype, product, kernel size, stride>: a product on tensor cores, then a float32 convolution."""
+    faults = multiplies_as_named(kernel, text)
+    return faults if "FFMA" in text else [*faults, "the depthwise part must be float32's own"]
+
+
 def reads_rows_128(kernel: str, text: str) -> list[str]:
     return [] if "LDG.E.128" in text else ["no 128-bit loads from global memory"]
+
+
+def copies_whole_pieces(kernel: str, text: str) -> list[str]:
+    """dense_wgrad_tile<dtype, product, whether channels come in whole pieces of 16 bytes>"""
+    return copies_asynchronously(kernel, text) if kernel.endswith("true>") else []
 
 
 # What a family's design says of each of its kernels. Weights and gates_x of any hidden size are read element by element (rows of
@@ -198,6 +209,11 @@ DESIGN: dict[str, list[Callable[[str, str], list[str]]]] = {
     "channel_sums_merge": [],
     "pointwise_tile": [multiplies_as_named, reads_rows_128, reads_shared_128, copies_asynchronously],
     "pointwise_pack": [],
+    "expand_depthwise": [multiplies_and_convolves, reads_shared_128, copies_asynchronously],
+    "dense_tile": [multiplies_as_named, reads_shared_128, copies_asynchronously],
+    "dense_pack": [],
+    "dense_wgrad_tile": [multiplies_as_named, copies_whole_pieces],
+    "dense_wgrad_sum": [],
     "depthwise_conv_forward": [computes_in_float32, reads_vectors, writes_vectors],
     "depthwise_conv_gradient": [computes_in_float32, reads_vectors, writes_vectors],
     "depthwise_backward_fused": [computes_in_float32, reads_vectors, writes_vectors],

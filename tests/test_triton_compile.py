@@ -114,6 +114,18 @@ def test_what_the_pointwise_design_promises(rows):
         assert budgets.Kernel(row["arch"], "triton", row["kernel"], **row["costs"]).blocks_per_sm >= 1, row
 
 
+def test_what_the_dense_design_promises(rows):
+    found = [row for row in rows if "dense" in row]
+    assert len(found) == len(ARCHITECTURES) * len(configurations.triton_dense.configurations())
+    for row in found:
+        assert row["costs"]["spill_bytes"] <= (0 if row["aligned"] and is_the_tables_compiler() else SPILLS_FUSED), row
+        # Hopper's tf32 products want positions innermost: a filter's gradient gathers them one by one
+        one_by_one = not row["aligned"] or (row["dense"] == "wgrad" and row["dtype"] == "tf32")
+        assert row["tensor_cores"] == (row["dtype"] != "f32") and (row["copies_128"] or one_by_one), row
+        assert row["costs"]["threads"] == 128, row
+        assert budgets.Kernel(row["arch"], "triton", row["kernel"], **row["costs"]).blocks_per_sm >= 2, row
+
+
 def test_every_launch_is_a_compiled_configuration():
     """Whatever supported call the dispatcher gets, what it launches is one of those compiled above, for that size or its like."""
     compiled = set()

@@ -1,4 +1,4 @@
-"""The channelwise and the 1x1 convolution's Triton kernels without a GPU, by Triton's interpreter, as test_triton_interpreter does it.
+"""The channelwise, 1x1 and dense convolutions' Triton kernels without a GPU, by Triton's interpreter, as test_triton_interpreter does it.
 
 Run as a script this file is the child: it prints one line of JSON a case, {"id": ..., "missed": null or the reason}.
 """
@@ -15,9 +15,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))  # this file runs as a script too
 import triton_channel  # noqa: E402
+import triton_dense  # noqa: E402
 import triton_pointwise  # noqa: E402
 
-FAMILIES = {"channel": triton_channel, "pointwise": triton_pointwise}
+FAMILIES = {"channel": triton_channel, "dense": triton_dense, "pointwise": triton_pointwise}
 IDS = [id for family in FAMILIES.values() for id in family.IDS]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # this file runs as a script too
 import triton_channel
+import triton_dense
 import triton_depthwise
 import triton_pointwise
 
@@ -95,6 +96,7 @@ def instructions(ptx: str) -> dict[str, bool]:
     return {
         "tensor_cores": "mma.sync" in ptx or "wgmma.mma_async" in ptx,
         "loads_128": re.search(r"ld\.global\S*\.v4\.b32", ptx) is not None,
+        "copies_128": re.search(r"cp\.async\.cg\S* [^;]*, 0x10", ptx) is not None,
     }
 
 
@@ -129,6 +131,12 @@ def main(index: int, count: int, cuobjdump: str) -> None:
                 **instructions(binary.asm["ptx"]),
             }
             name = f"pointwise_conv<{dtype}, {shape}>"
+            print(json.dumps({"arch": arch, "kernel": name, "costs": costs(binary, Path(scratch), cuobjdump), **facts}), flush=True)
+        dense = [(arch, *found) for arch in ARCHITECTURES for found in triton_dense.configurations()]
+        for arch, kernel, shape, dtype in dense[index::count]:
+            binary = triton_dense.compiled(kernel, shape, dtype, ARCHITECTURES[arch])
+            facts = {"dense": kernel, "dtype": dtype, "aligned": triton_dense.aligned(shape), **instructions(binary.asm["ptx"])}
+            name = triton_dense.title(kernel, shape, dtype)
             print(json.dumps({"arch": arch, "kernel": name, "costs": costs(binary, Path(scratch), cuobjdump), **facts}), flush=True)
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyops.ops import _activations, _conv_call, _depthwise_ops, _groups
+from pyops.ops import _activations, _conv_call, _depthwise_ops, _groups, conv_bn_act
 from pyops.ops._fused_ops import KERNELS, Kernels
+from pyops.ops._vendor_conv import Conv
 from pyops.ops.batch_norm_act import constant_statistics, statistics_of
 
 
@@ -65,10 +65,19 @@ def convolve(k: Kernels, conv: Any, norm: Any, activation: str, input: Pending, 
             raise ValueError(f"ConvBNAct: input: {tuple(image.shape[2:])} is too small for {conv}")
         output, moments = k.depthwise_train_fwd(image, filter, statistics, weight, bias, *shape, number, 0.01, group)
     else:
-        output = F.conv2d(finish(k, input), filter, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-        moments = k.channel_moments(output.detach())
+        output, moments = _convolve_dense(k, conv, finish(k, input), filter)
     own = _group(norm)
     return Pending(output, _statistics(norm, moments, output, own), norm.weight, norm.bias, _activations.NAMES.index(activation), own)
+
+
+def _convolve_dense(k: Kernels, conv: Any, image: Tensor, filter: Tensor) -> tuple[Tensor, Tensor]:
+    call = Conv(conv.stride, conv.padding, conv.dilation, conv.groups)
+    size = _depthwise_ops.output_size(image.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    if min(size) < 1:
+        raise ValueError(f"ConvBNAct: input: {tuple(image.shape[2:])} is too small for {conv}")
+    on_gpu = not image.is_cpu or k is KERNELS["triton"]
+    output, moments = conv_bn_act.convolve(k, image, filter, None, call, size, moments=True, dense=on_gpu)
+    return output, k.channel_moments(output.detach()) if moments is None else moments
 
 
 def finish(k: Kernels, pending: Pending, keep: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyops.nn import _training
 from pyops.nn._derived import Derived, is_plain
-from pyops.ops import _activations, _conv_call
+from pyops.ops import _activations, _conv_call, conv_bn_act
 from pyops.ops._fused_ops import Squeeze
+from pyops.ops._vendor_conv import Conv
 from pyops.ops.depthwise_conv import fold, run_folded
 from pyops.ops.pointwise_conv import pointwise_conv
 from pyops.ops.squeeze_excite import squeeze_excite
@@ -62,6 +62,14 @@ class DropPath(nn.Module):
         return f"p={self.p}"
 
 
+class Folded(NamedTuple):
+    """A filter and bias with running statistics in them, in float32 (float64 for float64), and what kernels keep of them."""
+
+    weight: Tensor
+    bias: Tensor
+    kept: dict
+
+
 class ConvBNAct(nn.Sequential):
     """Convolution, batch norm, activation: ``[N, C, H, W] -> [N, out_channels, OH, OW]``.
 
@@ -79,17 +87,19 @@ class ConvBNAct(nn.Sequential):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        padding: int | None = None,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
         groups: int = 1,
-        dilation: int = 1,
+        dilation: int | tuple[int, int] = 1,
         activation: str | None = "relu",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         backend: str | None = None,
     ):
-        padding = (kernel_size - 1) // 2 * dilation if padding is None else padding
+        if padding is None:
+            kernel, apart = (n if isinstance(n, tuple) else (n, n) for n in (kernel_size, dilation))
+            padding = (kernel[0] - 1) // 2 * apart[0], (kernel[1] - 1) // 2 * apart[1]
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False)
         layers = [conv, nn.BatchNorm2d(out_channels, eps, momentum)]
         super().__init__(*layers, *([] if activation is None else [_activation(activation, "ConvBNAct: activation")]))
@@ -121,9 +131,9 @@ class ConvBNAct(nn.Sequential):
         folded = self.folded() if can_fold(conv.weight, input) else None
         if folded is not None and _training.is_depthwise(conv):
             shape = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
-            return run_folded(input, *folded, **shape, activation=self.activation, means=means, backend=self.backend)
+            return run_folded(input, *folded[:2], **shape, activation=self.activation, means=means, backend=self.backend)
         if folded is not None:
-            output = self.run_dense(input, *folded)
+            output = self.run_dense(input, folded)
         elif self.can_train(input) and (kernels := _training.kernels_for(self.backend, input)) is not None:
             (cast,) = _conv_call.autocast(input)
             output = _conv_call.in_layout_of(_training.finish(kernels, self.convolve(kernels, _training.Pending(cast))), input)
@@ -131,18 +141,19 @@ class ConvBNAct(nn.Sequential):
             output = super().forward(input)
         return output, output.mean((2, 3)) if means else None
 
-    def run_dense(self, input: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def run_dense(self, input: Tensor, folded: Folded, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """``activation(conv(input * gate) + bias + residual)`` with a folded filter and bias: inference alone."""
         conv: Any = self[0]
-        if _training.is_pointwise(conv):
-            with torch.no_grad():
+        weight, bias, kept = folded
+        with torch.no_grad():
+            if _training.is_pointwise(conv) and (gate is not None or not input.is_cpu):  # oneDNN's kept 1x1 is faster but takes no gates
                 epilogue: dict[str, Any] = dict(gate=gate, residual=residual, activation=self.activation, backend=self.backend)
                 return pointwise_conv(input, weight, bias, **epilogue)
-        weight, bias = weight.to(input.dtype), bias.to(input.dtype)
-        if gate is not None:
-            input = input * gate.to(input.dtype)[:, :, None, None]
-        output = F.conv2d(input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-        return _activations.REFERENCE[self.activation](output if residual is None else output + residual, 0.01)
+            if gate is not None:
+                input = input * gate.to(input.dtype)[:, :, None, None]
+            number = _activations.NAMES.index(self.activation)
+            call = Conv(conv.stride, conv.padding, conv.dilation, conv.groups, None, number, 0.01)
+            return conv_bn_act.run_folded(input, weight, bias, residual, call, kept, self.backend)
 
     def can_train(self, input: Tensor) -> bool:
         """Whether the kernels can stand for the layers with gradients: no layer of another kind or with hooks, a plain convolution."""
@@ -157,11 +168,11 @@ class ConvBNAct(nn.Sequential):
         """The convolution of `input`, with batch norm and activation pending."""
         return _training.convolve(kernels, self[0], self[1], self.activation, input, gates)
 
-    def folded(self) -> tuple[Tensor, Tensor] | None:
-        """Filter and bias with the running statistics in them, in float32 (float64 for float64); None where they cannot be folded."""
+    def folded(self) -> Folded | None:
+        """None where the running statistics cannot be folded."""
         return self._fold() if torch.compiler.is_compiling() else self._folded.get(self, self._fold)
 
-    def _fold(self) -> tuple[Tensor, Tensor] | None:
+    def _fold(self) -> Folded | None:
         conv: Any = self[0]
         norm: Any = self[1]
         if (
@@ -172,7 +183,7 @@ class ConvBNAct(nn.Sequential):
             or conv.padding_mode != "zeros"
         ):
             return None
-        return fold(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+        return Folded(*fold(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps), {})
 
 
 KINDS = (ConvBNAct, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, *ACTIVATIONS.values())

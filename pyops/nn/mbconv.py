@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from pyops import _backends, _library
 from pyops.nn import _training
 from pyops.nn._derived import Derived, has_hooks, is_plain
-from pyops.nn.conv import KINDS, ConvBNAct, DropPath, SqueezeExcitation, can_fold
-from pyops.ops import _activations, _conv_call, _mbconv_ops  # noqa: F401  (registers the ops)
+from pyops.nn.conv import KINDS, ConvBNAct, DropPath, Folded, SqueezeExcitation, can_fold
+from pyops.ops import _activations, _conv_call, _expand_depthwise_ops, _mbconv_ops, _pointwise_ops  # noqa: F401  (registers the ops)
 
 PARTS = (*KINDS, SqueezeExcitation, nn.Sequential, nn.AdaptiveAvgPool2d)
 
@@ -137,12 +137,33 @@ class MBConv(nn.Module):
         output = self.block(input)
         return self.stochastic_depth(output) + input if self.use_res_connect else output
 
-    def _run_folded(self, input: Tensor, folded: tuple[Tensor, Tensor]) -> Tensor:
-        """Inference, a kernel a convolution: the last takes the gates on its way in and adds the residual on its way out."""
+    def _run_folded(self, input: Tensor, folded: Folded) -> Tensor:
+        """Inference, a kernel a convolution, or one for the first two: the last takes the gates on its way in and adds the residual on
+        its way out."""
         expand, depthwise, squeeze, project = self._parts()
-        output, means = depthwise.run(input if expand is None else expand(input), means=squeeze is not None)
+        fused = self._expand_depthwise(input, expand, depthwise, squeeze is not None)
+        output, means = depthwise.run(input if expand is None else expand(input), means=squeeze is not None) if fused is None else fused
         gate = None if squeeze is None else squeeze.gate_of(means)
-        return project.run_dense(output, *folded, gate, input if self.use_res_connect else None)
+        output = project.run_dense(output, folded, gate, input if self.use_res_connect else None)
+        return output if fused is None else _conv_call.in_layout_of(output, input)
+
+    def _expand_depthwise(self, input: Tensor, expand, depthwise, means: bool) -> tuple[Tensor, Tensor] | None:
+        """Output and means of the first two convolutions by the CUDA kernel that keeps the expanded image on the chip; None where that
+        is not what runs the block, or does not serve it."""
+        if expand is None or expand.activation != depthwise.activation or not _fits(depthwise[0], [expand, depthwise]):
+            return None
+        if input.dim() != 4 or input.shape[1] != expand[0].in_channels or _conv_call.choose("MBConv", self.backend, input) != "cuda":
+            return None
+        tf32 = _pointwise_ops.tf32_allowed(input)
+        kernel, stride = depthwise[0].kernel_size[0], depthwise[0].stride[0]
+        if _expand_depthwise_ops.unsuited(input.dtype, tuple(input.shape), kernel, stride, tf32) is not None:
+            return None
+        first, second = expand.folded(), depthwise.folded()
+        if first is None or second is None:
+            return None
+        activation = _activations.NAMES.index(depthwise.activation)
+        (weight, bias), options = first[:2], (stride, activation, 0.01, means, tf32)
+        return torch.ops.pyops.expand_depthwise.default(input, weight.flatten(1), bias, *second[:2], *options)
 
     def _train(self, kernels, input: Tensor) -> Tensor:
         expand, depthwise, squeeze, project = self._parts()
@@ -168,7 +189,7 @@ class MBConv(nn.Module):
         parts = [part for part in (expand, depthwise, project) if part is not None]
         if any(part.activation != depthwise.activation for part in parts[:-1]) or not _fits(depthwise[0], parts):
             return None  # the kernel has one activation, and one way to pad
-        folded = [part.folded() for part in parts]
+        folded: Any = [part.folded() for part in parts]
         tensors = tuple(self.block.parameters())
         dtype = tensors[0].dtype
         if dtype == torch.float64 or any(pair is None for pair in folded) or any(t.dtype != dtype or not t.is_cpu for t in tensors):
@@ -176,7 +197,7 @@ class MBConv(nn.Module):
         gates = (None, None, None, None)
         if squeeze is not None:
             gates = tuple(t.float() for layer in (squeeze.fc1, squeeze.fc2) for t in (layer.weight, layer.bias))
-        weights = (*((None, None) if expand is None else folded[0]), *folded[-2], *gates, *folded[-1])
+        weights = (*((None, None) if expand is None else folded[0][:2]), *folded[-2][:2], *gates, *folded[-1][:2])
         packed = torch.ops.pyops.mbconv_pack.default(*weights, dtype == torch.bfloat16)
         conv, names = depthwise[0], (depthwise.activation, *(("none", "none") if squeeze is None else squeeze.names))
         return packed, (
@@ -232,7 +253,7 @@ class FusedMBConv(nn.Module):
         if is_standard(self, (ConvBNAct,) * len(self.block)):
             folded = last.folded() if can_fold(first[0].weight, input) and not drops(self) else None
             if folded is not None:
-                return last.run_dense(first(input), *folded, residual=input if self.use_res_connect else None)
+                return last.run_dense(first(input), folded, residual=input if self.use_res_connect else None)
             if first.can_train(input) and last[0].bias is None:
                 kernels = _training.kernels_for(self.backend, input)
                 if kernels is not None:

@@ -24,12 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyops import _library
-from pyops.ops import _activations, _channel_ops, _composed_ops, _conv_call, _depthwise_ops, _groups, _pointwise_ops
+from pyops.ops import _activations, _channel_ops, _composed_ops, _conv_call, _dense_ops, _depthwise_ops, _groups, _pointwise_ops  # noqa: F401
 from pyops.ops._channel_ops import image_like, vector
 
 _PARTS = (
     "channel_moments", "channel_apply", "channel_sums", "channel_reduce", "channel_grad", "channel_grad_",
     "depthwise_infer", "depthwise_bwd", "depthwise_after", "depthwise_after_bwd", "pointwise_run", "pointwise_back",
+    "conv_run", "conv_transpose_run", "conv_wgrad",
 )  # fmt: skip
 _SMALL = ("channel_norm", "channel_affine", "channel_terms")  # whose default overload serves every backend
 

@@ -67,7 +67,7 @@ def depthwise_conv_bn_act(
     op = "depthwise_conv_bn_act"
     call = _prepare(op, input, weight, bias, stride, padding, dilation, residual, activation)
     statistics = dict(running_mean=running_mean, running_var=running_var, bn_weight=bn_weight, bn_bias=bn_bias)
-    _check_statistics(op, statistics, weight, training)
+    check_statistics(op, statistics, weight, weight.shape[0], training)
     input, weight, bias, residual = _conv_call.autocast(input, weight, bias, residual)
     facts = facts_of(input, weight, bias, residual, call, bn_weight, bn_bias)
     name = _conv_call.choose(op, backend, input, _eager_first(facts))
@@ -219,7 +219,7 @@ def _prepare(op, input, weight, bias, stride, padding, dilation, residual, activ
     return call
 
 
-def _check_statistics(op: str, tensors: dict[str, Tensor | None], weight: Tensor, training: bool) -> None:
+def check_statistics(op: str, tensors: dict[str, Tensor | None], weight: Tensor, channels: int, training: bool) -> None:
     if (tensors["running_mean"] is None) != (tensors["running_var"] is None):
         raise ValueError(f"{op}: running_mean, running_var: expected both or neither")
     for name, t in tensors.items():
@@ -227,8 +227,8 @@ def _check_statistics(op: str, tensors: dict[str, Tensor | None], weight: Tensor
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name}: expected a Tensor or None, got {type(t).__name__}")
-        if tuple(t.shape) != (weight.shape[0],) or not t.is_floating_point():
-            raise ValueError(f"{op}: {name}: expected a floating tensor of shape ({weight.shape[0]},), got {t.dtype} {tuple(t.shape)}")
+        if tuple(t.shape) != (channels,) or not t.is_floating_point():
+            raise ValueError(f"{op}: {name}: expected a floating tensor of shape ({channels},), got {t.dtype} {tuple(t.shape)}")
         if t.device != weight.device:
             raise ValueError(f"{op}: {name}: expected weight's device {weight.device}, got {t.device}")
         if name.startswith("bn_") and tensors["running_mean"] is None and not training:

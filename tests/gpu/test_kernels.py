@@ -93,6 +93,12 @@ def test_asynchronous_copies(library):
     assert torch.equal(out, values.flip(0))
 
 
+def test_asynchronous_copies_of_nothing_are_zeros(library):
+    values, out = torch.arange(80, dtype=torch.float32, device="cuda") + 1, torch.full((256,), float("nan"), device="cuda")
+    checked(library.primitive_copy_or_zero, *pointers(values, out), ctypes.c_int(20))
+    assert torch.equal(out, torch.cat([values, torch.zeros(176, device="cuda")]))
+
+
 def test_what_the_driver_says_of_a_kernel_is_in_the_table():
     """cudaFuncGetAttributes of the built extension against pyops/kernel_budgets.json."""
     if not _library.has_cuda_kernels():

@@ -4,7 +4,9 @@
 #include "../../csrc/common/cuda_registry.h"
 #include "../../csrc/common/launch.cuh"
 #include "../../csrc/conv/channel_cuda.h"
+#include "../../csrc/conv/dense_cuda.h"
 #include "../../csrc/conv/depthwise_cuda.h"
+#include "../../csrc/conv/expand_depthwise_cuda.h"
 #include "../../csrc/conv/pointwise_cuda.h"
 #include "../../csrc/rnn/scan.cuh"
 
@@ -114,6 +116,34 @@ int host_pointwise_workspace(const conv::Pointwise* p, int64_t* bytes, char* err
 
 int host_pointwise(const conv::Pointwise* p, void* workspace, char* error, int error_bytes) {
   return guarded(error, error_bytes, [&] { conv::pointwise_run(*p, workspace, nullptr); });
+}
+
+int host_expand_depthwise_workspace(const conv::ExpandDepthwise* p, int64_t* bytes, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { *bytes = static_cast<int64_t>(conv::expand_depthwise_workspace(*p)); });
+}
+
+int host_expand_depthwise(const conv::ExpandDepthwise* p, void* workspace, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { conv::expand_depthwise_run(*p, workspace, nullptr); });
+}
+
+int host_expand_depthwise_tile(const conv::ExpandDepthwise* p, conv::ExpandDepthwiseTile* tile, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { *tile = conv::expand_depthwise_tile(*p); });
+}
+
+int host_dense_workspace(const conv::Dense* p, int64_t* bytes, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { *bytes = static_cast<int64_t>(conv::dense_workspace(*p)); });
+}
+
+int host_dense(const conv::Dense* p, void* workspace, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { conv::dense_run(*p, workspace, nullptr); });
+}
+
+int host_dense_wgrad_workspace(const conv::DenseGradient* p, int64_t* bytes, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { *bytes = static_cast<int64_t>(conv::dense_wgrad_workspace(*p)); });
+}
+
+int host_dense_wgrad(const conv::DenseGradient* p, void* workspace, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { conv::dense_wgrad(*p, workspace, nullptr); });
 }
 
 // The names, one per line, of kernels that were launched on the host and are not in the registry. Returns the text's length.

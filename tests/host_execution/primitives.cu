@@ -75,6 +75,21 @@ PYOPS_KERNEL(64) reverse_by_async_copy(ReverseParams p) {
   }
 }
 
+struct CopyParams {
+  const float* input;  // [present * 4]
+  float* output;       // [64 * 4]: zeros behind what is present
+  int present;
+};
+
+PYOPS_KERNEL(64) copy_or_zero(CopyParams p) {
+  auto* const shared = reinterpret_cast<float*>(dynamic_shared());
+  const int i = threadIdx.x;
+  ptx::cp_async_16_or_zero(shared + 4 * i, i < p.present ? p.input + 4 * i : p.input, i < p.present);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  for (int e = 0; e < 4; ++e) p.output[4 * i + e] = shared[4 * i + e];
+}
+
 struct WarpParams {
   const int* input;  // [32]
   int* output;       // [10][32]: a row per operation
@@ -160,6 +175,9 @@ int primitive_matmul(const uint16_t* a, const uint16_t* b, float* c, int is_bf16
 }
 int primitive_reverse(const float* input, float* output, int wait, char* error, int bytes) {
   return run("primitive_reverse", reverse_by_async_copy, 64, 64 * 16, ReverseParams{input, output, wait}, error, bytes);
+}
+int primitive_copy_or_zero(const float* input, float* output, int present, char* error, int bytes) {
+  return run("primitive_copy_or_zero", copy_or_zero, 64, 64 * 16, CopyParams{input, output, present}, error, bytes);
 }
 int primitive_matmul_tf32(const float* a, const float* b, float* c, char* error, int bytes) {
   return run("primitive_matmul_tf32", matmul_16x8x8_tf32, 32, 0, MatmulTf32Params{a, b, c}, error, bytes);

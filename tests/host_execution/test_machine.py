@@ -94,6 +94,14 @@ def test_asynchronous_copies_land_at_the_wait(library):
     assert np.isnan(out).all()  # read before the wait: the copies have not landed
 
 
+def test_asynchronous_copies_of_nothing_are_zeros(library):
+    values, values_pointer = array(np.arange(80) + 1.0, np.float32)
+    out, out_pointer = array(np.full(256, np.nan), np.float32)
+    library.host_machine(1, 1, 163 * 1024)
+    checked(library.primitive_copy_or_zero, values_pointer, out_pointer, 20)
+    np.testing.assert_array_equal(out, np.concatenate([values, np.zeros(176)]))
+
+
 def test_thread_and_block_indices(library):
     out, out_pointer = array(np.zeros(24 * 32), np.int32)
     checked(library.primitive_indices, out_pointer)

@@ -25,18 +25,18 @@ class Block(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, options: dict):
         super().__init__()
-        C, _, KH, KW = weight.shape
+        groups = options.get("groups", 1)
         names = ("stride", "padding", "dilation")
-        self.conv = nn.Conv2d(C, C, (KH, KW), groups=C, bias=bias is not None, **{k: options[k] for k in names if k in options})
-        self.conv.to(weight.device, weight.dtype)
-        self.norm = nn.BatchNorm2d(C, device=weight.device, dtype=weight.dtype) if "running_mean" in options else nn.Identity()
+        given = {k: options[k] for k in names if k in options}
+        O, C = weight.shape[0], weight.shape[1] * groups
+        self.conv = nn.Conv2d(C, O, tuple(weight.shape[2:]), groups=groups, bias=bias is not None, **given)  # type: ignore[arg-type]
+        self.norm = nn.BatchNorm2d(O) if "running_mean" in options else nn.Identity()
         self.activation, self.slope = REFERENCE[options.get("activation", "none")], options.get("negative_slope", 0.01)
         state = {"conv.weight": weight, "conv.bias": bias}
         pairs = (("running_mean", "running_mean"), ("running_var", "running_var"), ("weight", "bn_weight"), ("bias", "bn_bias"))
         state |= {f"norm.{own}": options.get(given) for own, given in pairs}
         self.load_state_dict({k: v.detach() for k, v in state.items() if v is not None}, strict=False)
-        self.train(options.get("training", False))
-        self.requires_grad_(weight.requires_grad)
+        self.to(weight.device, weight.dtype).train(options.get("training", False)).requires_grad_(weight.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.norm(self.conv(x)), self.slope)
@@ -116,7 +116,7 @@ def _exported(run: Callable[[nn.Module, Tensor], Peer]):
     return factory
 
 
-DEPTHWISE: dict[str, Callable[[tuple, dict], Peer]] = {
+PEERS: dict[str, Callable[[tuple, dict], Peer]] = {
     "torch.nn": _eager(torch.channels_last),
     "torch.nn NCHW": _eager(torch.contiguous_format),
     "torch.compile": _eager(torch.channels_last, compiled=True),

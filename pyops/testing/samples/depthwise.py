@@ -162,7 +162,7 @@ register(
         errors=_errors(),
         flops=flops,
         bytes=minimal_bytes,
-        baselines=conv_peers.DEPTHWISE,
+        baselines=conv_peers.PEERS,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         backends=("cpu", "cuda", "triton"),
     )

@@ -1,0 +1,47 @@
+// Winograd convolution on the CPU: the cut of the work, and the kernel of the machine's instruction set.
+#include "winograd_cpu.h"
+
+#include <algorithm>
+
+namespace pyops::conv {
+
+WinogradPlan plan_winograd(const Winograd& p) {
+  constexpr int64_t kPerThread = 400000;   // products, about 5 us
+  constexpr int64_t kBuffers = 640 << 10;  // of a chunk: most of L2 (1 MiB on Zen 4)
+  constexpr int64_t kFew = 24;             // tiles: fewer rows than that leave the filters' way from L3 in sight
+  WinogradPlan plan{};
+  const int64_t points = (p.m + 2) * (p.m + 2), OH = p.H + 2 * p.pad_h - 2, OW = p.W + 2 * p.pad_w - 2;
+  plan.tiles_h = (OH + p.m - 1) / p.m, plan.tiles_w = (OW + p.m - 1) / p.m;
+  plan.tiles = p.N * plan.tiles_h * plan.tiles_w;
+  const int64_t work = plan.tiles * points * p.C * p.O / kPerThread;
+  plan.threads = static_cast<int>(std::clamp<int64_t>(work, 1, cpu::max_threads()));
+  plan.together = plan.threads > 1 && plan.tiles < kFew * plan.threads;
+  const int64_t per_tile = points * static_cast<int64_t>(sizeof(float)) * (p.C + 16 + 64);
+  const int64_t share = plan.together ? plan.tiles : (plan.tiles + plan.threads - 1) / plan.threads;
+  plan.chunk = std::clamp<int64_t>(kBuffers / per_tile / 6 * 6, 12, 96);
+  const int64_t chunks = std::max<int64_t>(1, (share + plan.chunk - 1) / plan.chunk);
+  plan.chunk = (share + chunks - 1) / chunks;
+  return plan;
+}
+
+void winograd_pack(const WinogradFilter& p) {
+#if defined(__x86_64__)
+  switch (cpu::cpu_isa()[3]) {  // "avx512", "avx2", "baseline"
+    case '5': return avx512::winograd_filter(p);
+    case '2': return avx2::winograd_filter(p);
+  }
+#endif
+  baseline::winograd_filter(p);
+}
+
+void winograd_cpu(const Winograd& p) {
+#if defined(__x86_64__)
+  switch (cpu::cpu_isa()[3]) {
+    case '5': return avx512::winograd(p);
+    case '2': return avx2::winograd(p);
+  }
+#endif
+  baseline::winograd(p);
+}
+
+}  // namespace pyops::conv

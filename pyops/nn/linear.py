@@ -1,0 +1,45 @@
+"""A linear layer with its activation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyops.nn._derived import Derived
+from pyops.ops import _activations, _conv_call
+from pyops.ops import linear_act as _linear
+
+
+class LinearAct(nn.Linear):
+    """`torch.nn.Linear`, same parameters, with a residual and an activation after it: ``[..., in_features] -> [..., out_features]``.
+
+    Without gradients on a CPU the weight is kept in oneDNN's layout, and laid out anew when it changes.
+
+    Raises ValueError for an unknown activation, and torch.nn.Linear's errors.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, activation: str = "none", backend: str | None = None,
+        device=None, dtype=None,
+    ):  # fmt: skip
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        _activations.number("LinearAct", activation)
+        self.activation, self.backend = activation, backend
+        self._kept = Derived()
+
+    def _apply(self, fn, recurse=True):
+        self._kept.clear()
+        return super()._apply(fn, recurse)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        compiling = torch.compiler.is_compiling() or torch.is_grad_enabled() or _conv_call.is_autocast(input.device.type)
+        if compiling or input.dtype != self.weight.dtype or self.weight.dtype == torch.float64:
+            options: dict = dict(residual=residual, activation=self.activation, backend=self.backend)
+            return _linear.linear_act(input, self.weight, self.bias, **options)
+        _linear.check(input, self.weight, self.bias, residual)
+        name = _linear.choose(self.backend, input, live=False)
+        number = _activations.NAMES.index(self.activation)
+        return _linear.run(name, input, self.weight, self.bias, residual, number, 0.01, self._kept.get(self, dict))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"

@@ -1,0 +1,259 @@
+"""The Winograd convolution: its error bound, every edge of a tile, the switch, who chooses it, and modules that keep its filters."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pyops
+from pyops import _library
+from pyops.ops import _activations, _winograd_ops
+from pyops.testing import poison
+from pyops.testing.gate import relative_error
+
+pytestmark = pytest.mark.skipif(_library.extension is None, reason=str(_library.not_loaded_reason()))
+
+BOUND = 5e-6  # of F(4x4, 3x3) in float32: relative L2 distance to float64. F(2x2, 3x3) stays within what is asked of every kernel.
+
+
+def draw(N, C, H, W, O, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    image = rand(N, C, H, W).to(dtype).contiguous(memory_format=torch.channels_last)
+    return image, rand(O, C, 3, 3) * (9 * C) ** -0.5, rand(O)
+
+
+def infer(x, weight, bias, m, padding=(1, 1), activation="none", residual=None, residual_last=False, pool=False):
+    points = torch.ops.pyops.winograd_pack(weight, m)
+    options = (_activations.NAMES.index(activation), 0.01, residual_last, pool)
+    return torch.ops.pyops.winograd_infer(x, points, bias, residual, weight.shape[0], *padding, *options)
+
+
+def truth(x, weight, bias, padding=(1, 1), activation="none", residual=None, residual_last=False, pool=False):
+    y = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), 1, padding)
+    y = y if residual is None or residual_last else y + residual.double()
+    y = _activations.REFERENCE[activation](y, 0.01)
+    y = y + residual.double() if residual is not None and residual_last else y
+    return F.max_pool2d(y, 2) if pool else y
+
+
+SHAPES = (
+    (1, 64, 28, 28, 64),
+    (2, 3, 13, 9, 20),
+    (3, 17, 5, 6, 37),
+    (1, 256, 14, 14, 80),
+    (1, 400, 7, 7, 33),
+    (5, 16, 4, 3, 16),
+    (1, 1, 1, 1, 1),
+)
+
+
+@pytest.mark.parametrize("m", [4, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_error(shape, m):
+    x, weight, bias = draw(*shape)
+    y64 = truth(x, weight, bias)
+    poison(4 * y64.numel())
+    found = relative_error([(infer(x, weight, bias, m), y64)])
+    eager = relative_error([(F.conv2d(x, weight, bias, 1, 1), y64)])
+    assert found <= (BOUND if m == 4 else max(1.25 * eager, 2**-22))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [4, 2])
+def test_narrow_images_round_once(m, dtype):
+    x, weight, bias = draw(2, 40, 11, 10, 50, dtype)
+    y64 = truth(x, weight, bias)
+    found, rounded = infer(x, weight, bias, m), y64.to(dtype)
+    assert relative_error([(found, y64)]) <= 1.01 * relative_error([(rounded, y64)])
+
+
+@pytest.mark.parametrize("m", [4, 2])
+@pytest.mark.parametrize("size", range(1, 10))
+def test_every_edge_of_a_tile(size, m):
+    """Sizes and paddings of every remainder; what lies beyond an image is no part of it."""
+    for padding in ((0, 1), (1, 0), (2, 1), (3, 3)):
+        if min(size + 2 * padding[0], 7 + 2 * padding[1]) < 3:
+            continue
+        x, weight, bias = draw(2, 5, size, 7, 18, seed=size)
+        assert relative_error([(infer(x, weight, bias, m, padding), truth(x, weight, bias, padding))]) <= BOUND
+
+
+@pytest.mark.parametrize("m", [4, 2])
+@pytest.mark.parametrize("activation", _activations.NAMES)
+def test_epilogue(activation, m):
+    x, weight, bias = draw(2, 20, 9, 10, 24)
+    residual = torch.randn(2, 24, 9, 10).contiguous(memory_format=torch.channels_last)
+    for options in (dict(residual=residual), dict(residual=residual, residual_last=True), dict(pool=True), {}):
+        found, y64 = (call(x, weight, bias, *n, activation=activation, **options) for call, n in ((infer, (m,)), (truth, ())))
+        assert found.shape == y64.shape and found.is_contiguous(memory_format=torch.channels_last)
+        assert relative_error([(found, y64)]) <= BOUND
+    assert relative_error([(infer(x, weight, None, m), truth(x, weight, None))]) <= BOUND
+
+
+def test_nan_stays_where_it_is():
+    """A NaN reaches the 3x3 outputs around it, and some of the same tile; never another tile. Pooling keeps it."""
+    x, weight, bias = draw(1, 16, 16, 16, 16)
+    x[0, 3, 9, 9] = float("nan")
+    bad = infer(x, weight, bias, 4).isnan().any(1)[0]
+    assert bad[8:11, 8:11].all() and not bad[:8].any() and not bad[:, :8].any() and not bad[12:].any()
+    assert infer(x, weight, bias, 4, pool=True).isnan().any(1)[0, 4:6, 4:6].all()
+
+
+def test_same_bits_and_any_thread_count():
+    x, weight, bias = draw(1, 64, 26, 25, 70)
+    before = torch.get_num_threads()
+    try:
+        for m in (4, 2):
+            torch.set_num_threads(2)
+            expected = infer(x, weight, bias, m)
+            assert torch.equal(expected, infer(x, weight, bias, m))
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                torch.testing.assert_close(infer(x, weight, bias, m), expected, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_layouts():
+    x, weight, bias = draw(2, 16, 12, 12, 16)
+    expected = infer(x, weight, bias, 4)
+    assert torch.equal(infer(x.contiguous(), weight.transpose(2, 3).contiguous().transpose(2, 3), bias, 4), expected)
+    assert infer(x[:0], weight, bias, 4).shape == (0, 16, 12, 12)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_opcheck():
+    x, weight, bias = draw(2, 5, 6, 7, 18)
+    torch.library.opcheck(torch.ops.pyops.winograd_pack.default, (weight, 4))
+    points = torch.ops.pyops.winograd_pack(weight, 2)
+    for pool in (False, True):
+        torch.library.opcheck(torch.ops.pyops.winograd_infer.default, (x, points, bias, None, 18, 1, 1, 1, 0.0, False, pool))
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (dict(points=torch.zeros(2, 36, 4, 16)), "packed: not from winograd_pack for 5 input and 18"),
+        (dict(bias=torch.zeros(17)), "bias"),
+        (dict(pad=-1), "padding: expected 0 or more"),
+        (dict(activation=99), "activation: expected 0..9"),
+        (dict(x=torch.zeros(2, 5, 1, 7), pad=0), "too small for a 3x3 filter"),
+        (dict(residual=torch.zeros(2, 18, 6, 6)), "residual"),
+        (dict(residual=torch.zeros(2, 18, 6, 7), pool=True), "takes no residual"),
+    ],
+)
+def test_refusals(change, match):
+    x, weight, bias = draw(2, 5, 6, 7, 18)
+    given = dict(x=x, points=torch.ops.pyops.winograd_pack(weight, 4), bias=bias, residual=None, pad=1, activation=0, pool=False) | change
+    with pytest.raises(RuntimeError, match=match):
+        torch.ops.pyops.winograd_infer(
+            given["x"], given["points"], given["bias"], given["residual"], 18, given["pad"], given["pad"], given["activation"], 0.0, False,
+            given["pool"],
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- who chooses it
+
+
+@pytest.fixture
+def ieee():
+    before = torch.backends.fp32_precision
+    torch.backends.fp32_precision = "ieee"
+    yield
+    torch.backends.fp32_precision = before
+
+
+LARGE = (1, 64, 56, 56, 64)
+
+
+def test_chosen_where_it_is_faster():
+    x, weight, bias = draw(*LARGE)
+    assert "Winograd F(4x4, 3x3)" in str(pyops.explain("conv_bn_act", x, weight, bias, padding=1))
+    found, y64 = pyops.conv_bn_act(x, weight, bias, padding=1), truth(x, weight, bias)
+    assert torch.equal(found, infer(x, weight, bias, 4)) and relative_error([(found, y64)]) <= BOUND
+    for options in (dict(stride=2), dict(dilation=2), dict(padding="valid", backend="vendor")):
+        direct = pyops.conv_bn_act(x, weight, bias, **options)
+        torch.testing.assert_close(direct, pyops.conv_bn_act(x, weight, bias, **options | dict(backend="eager")), rtol=1e-4, atol=1e-5)
+    small = draw(1, 8, 6, 6, 8)
+    assert "Winograd" not in str(pyops.explain("conv_bn_act", *small, padding=1))
+
+
+def test_switch(ieee):
+    x, weight, bias = draw(*LARGE)
+    assert "Winograd" not in str(pyops.explain("conv_bn_act", x, weight, bias, padding=1))
+    y64, found = truth(x, weight, bias), pyops.conv_bn_act(x, weight, bias, padding=1)
+    assert relative_error([(found, y64)]) <= 1.25 * relative_error([(F.conv2d(x, weight, bias, 1, 1), y64)])
+
+
+def test_gradients():
+    """Forward and the input's gradient by Winograd, the filter's gradient direct."""
+    x, weight, bias = draw(*LARGE)
+    transposed = weight.transpose(0, 1).contiguous()
+    for call, w in ((pyops.conv_bn_act, weight), (pyops.conv_transpose_bn_act, transposed)):
+        results = []
+        for kind, backend in ((torch.float32, "cpu"), (torch.float64, "eager")):
+            inputs = [t.to(kind).clone().requires_grad_() for t in (x, w, bias)]
+            y = call(*inputs, padding=1, backend=backend)
+            cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(kind)
+            results.append([y, *torch.autograd.grad(y, inputs, cotangent)])
+        for found, expected in zip(*results, strict=True):
+            assert relative_error([(found, expected)]) <= BOUND
+
+
+def test_modules_keep_the_filters(monkeypatch):
+    torch.manual_seed(0)
+    block = pyops.nn.ConvBNAct(64, 64, 3).eval()
+    x = draw(*LARGE)[0]
+    packed = []
+    pack = torch.ops.pyops.winograd_pack.default
+    monkeypatch.setattr(torch.ops.pyops.winograd_pack, "default", lambda *args: packed.append(args) or pack(*args))
+
+    def check(times):
+        with torch.no_grad():
+            found = block(x)
+            expected = block.double()[1](block[0](x.double())).relu()
+            block.float()
+        assert len(packed) == times and relative_error([(found, expected)]) <= BOUND
+
+    check(1)
+    with torch.no_grad():
+        block(x), block(x)
+        assert len(packed) == 2  # .float() dropped them, and the second call found them
+        block[0].weight.mul_(2.0)
+    check(3)
+    assert not any("kept" in name or "folded" in name for name in block.state_dict())
+
+
+CODE = """
+import torch
+from tests.test_winograd import BOUND, SHAPES, draw, infer, relative_error, truth
+for m in (4, 2):
+    for shape in SHAPES:
+        x, weight, bias = draw(*shape)
+        assert relative_error([(infer(x, weight, bias, m), truth(x, weight, bias))]) <= BOUND, (m, shape)
+x, weight, bias = draw(2, 40, 11, 10, 50, torch.bfloat16)
+assert relative_error([(infer(x, weight, bias, 4, pool=True), truth(x, weight, bias, pool=True))]) <= 4e-3
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_other_instruction_sets(isa):
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = dict(os.environ, PYOPS_CPU_ISA=isa, PYTHONPATH=root)
+    result = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, cwd=root)
+    if "PYOPS_CPU_ISA" in result.stderr and "lacks" in result.stderr:
+        pytest.skip(f"no {isa} here")
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_size_of_tile_is_none_of_other_convolutions():
+    weight = torch.empty(64, 64, 3, 3, device="meta")
+    size = lambda shape=(8, 64, 56, 56), w=weight, s=(1, 1), p=(1, 1), d=(1, 1), g=1: _winograd_ops.size_of_tile(shape, w, s, p, d, g, True)  # noqa: E731
+    assert size() == 4
+    assert size(s=(2, 1)) == size(d=(2, 2)) == size(g=2) == size(shape=(0, 64, 56, 56)) == size(shape=(8, 64, 1, 1), p=(0, 0)) == 0
+    assert size(w=weight[:, :, :2]) == size(w=weight[:8]) == 0
+    assert size(shape=(1, 64, 1, 1)) == 0  # one pixel: the points of the filters outweigh it
