@@ -14,9 +14,15 @@ using conv::PYOPS_ISA::get;
 constexpr int kOutputs = 8;
 
 inline float sum_across(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  float lanes[kF];
+  store(lanes, v);
   for (int width = kF / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) v[i] += v[i + width];
-  return v[0];
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+#endif
 }
 
 // R outputs from n on, of M rows of the input.

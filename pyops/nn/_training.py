@@ -70,13 +70,16 @@ def convolve(k: Kernels, conv: Any, norm: Any, activation: str, input: Pending, 
     return Pending(output, _statistics(norm, moments, output, own), norm.weight, norm.bias, _activations.NAMES.index(activation), own)
 
 
+def shape_of(conv: Any) -> Conv:
+    return Conv(conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
 def _convolve_dense(k: Kernels, conv: Any, image: Tensor, filter: Tensor) -> tuple[Tensor, Tensor]:
-    call = Conv(conv.stride, conv.padding, conv.dilation, conv.groups)
     size = _depthwise_ops.output_size(image.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation)
     if min(size) < 1:
         raise ValueError(f"ConvBNAct: input: {tuple(image.shape[2:])} is too small for {conv}")
     on_gpu = not image.is_cpu or k is KERNELS["triton"]
-    output, moments = conv_bn_act.convolve(k, image, filter, None, call, size, moments=True, dense=on_gpu)
+    output, moments = conv_bn_act.convolve(k, image, filter, None, shape_of(conv), size, moments=True, dense=on_gpu)
     return output, k.channel_moments(output.detach()) if moments is None else moments
 
 

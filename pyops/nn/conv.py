@@ -67,6 +67,8 @@ class Folded(NamedTuple):
 
     weight: Tensor
     bias: Tensor
+    call: Conv
+    activation: str
     kept: dict
 
 
@@ -127,11 +129,11 @@ class ConvBNAct(nn.Sequential):
 
     def run(self, input: Tensor, means: bool = False) -> tuple[Tensor, Tensor | None]:
         """The block's output and, if asked for, its channel means ``[N, C]``."""
-        conv: Any = self[0]
+        conv: Any = self._modules["0"]
         folded = self.folded() if can_fold(conv.weight, input) else None
         if folded is not None and _training.is_depthwise(conv):
             shape = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
-            return run_folded(input, *folded[:2], **shape, activation=self.activation, means=means, backend=self.backend)
+            return run_folded(input, *folded[:2], **shape, activation=folded.activation, means=means, backend=self.backend)
         if folded is not None:
             output = self.run_dense(input, folded)
         elif self.can_train(input) and (kernels := _training.kernels_for(self.backend, input)) is not None:
@@ -143,16 +145,14 @@ class ConvBNAct(nn.Sequential):
 
     def run_dense(self, input: Tensor, folded: Folded, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """``activation(conv(input * gate) + bias + residual)`` with a folded filter and bias: inference alone."""
-        conv: Any = self[0]
-        weight, bias, kept = folded
+        weight, bias, call, activation, kept = folded
         with torch.no_grad():
-            if _training.is_pointwise(conv) and (gate is not None or not input.is_cpu):  # oneDNN's kept 1x1 is faster but takes no gates
-                epilogue: dict[str, Any] = dict(gate=gate, residual=residual, activation=self.activation, backend=self.backend)
+            conv: Any = self[0]
+            if _training.is_pointwise(conv) and (gate is not None or not input.is_cpu):  # oneDNN's kept 1x1 is faster, without gates
+                epilogue: dict[str, Any] = dict(gate=gate, residual=residual, activation=activation, backend=self.backend)
                 return pointwise_conv(input, weight, bias, **epilogue)
             if gate is not None:
                 input = input * gate.to(input.dtype)[:, :, None, None]
-            number = _activations.NAMES.index(self.activation)
-            call = Conv(conv.stride, conv.padding, conv.dilation, conv.groups, None, number, 0.01)
             return conv_bn_act.run_folded(input, weight, bias, residual, call, kept, self.backend)
 
     def can_train(self, input: Tensor) -> bool:
@@ -175,15 +175,12 @@ class ConvBNAct(nn.Sequential):
     def _fold(self) -> Folded | None:
         conv: Any = self[0]
         norm: Any = self[1]
-        if (
-            not is_plain(self, KINDS)
-            or self.activation is None
-            or norm.training
-            or norm.running_mean is None
-            or conv.padding_mode != "zeros"
-        ):
+        activation = self.activation
+        if not is_plain(self, KINDS) or activation is None or norm.training or norm.running_mean is None or conv.padding_mode != "zeros":
             return None
-        return Folded(*fold(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps), {})
+        weight, bias = fold(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+        shape = _training.shape_of(conv)._replace(activation=_activations.NAMES.index(activation), slope=0.01)
+        return Folded(weight, bias, shape, activation, {})
 
 
 KINDS = (ConvBNAct, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, *ACTIVATIONS.values())

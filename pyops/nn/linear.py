@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyops import _backends
 from pyops.nn._derived import Derived
 from pyops.ops import _activations, _conv_call
 from pyops.ops import linear_act as _linear
@@ -32,14 +33,18 @@ class LinearAct(nn.Linear):
         return super()._apply(fn, recurse)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        compiling = torch.compiler.is_compiling() or torch.is_grad_enabled() or _conv_call.is_autocast(input.device.type)
-        if compiling or input.dtype != self.weight.dtype or self.weight.dtype == torch.float64:
+        weight, bias = self.weight, self.bias
+        follows = torch.is_grad_enabled() or torch.compiler.is_compiling() or _conv_call.is_autocast(input.device.type)
+        if follows or input.dtype != weight.dtype or weight.dtype == torch.float64:
             options: dict = dict(residual=residual, activation=self.activation, backend=self.backend)
-            return _linear.linear_act(input, self.weight, self.bias, **options)
-        _linear.check(input, self.weight, self.bias, residual)
-        name = _linear.choose(self.backend, input, live=False)
-        number = _activations.NAMES.index(self.activation)
-        return _linear.run(name, input, self.weight, self.bias, residual, number, 0.01, self._kept.get(self, dict))
+            return _linear.linear_act(input, weight, bias, **options)
+        kept = self._kept.get(self, dict)
+        key = (input.shape, None if residual is None else (residual.shape, residual.dtype))
+        if key not in kept or self.backend is not None or _backends.overridden():  # a call like no other before
+            _linear.check(input, weight, bias, residual)
+            kept[key] = _linear.choose(self.backend, input, live=False), _activations.NAMES.index(self.activation)
+        name, number = kept[key]
+        return _linear.run(name, input, weight, bias, residual, number, 0.01, kept)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"

@@ -53,6 +53,18 @@ _POST_OPS: dict[str, tuple[str, list]] = {  # ours -> oneDNN's, as ATen names th
 }  # fmt: skip
 
 
+def switches() -> tuple:
+    """torch's global switches that a choice of kernels depends on."""
+    backends: Any = torch.backends
+    return backends.fp32_precision, backends.mkldnn.conv.fp32_precision, backends.mkldnn.enabled
+
+
+def is_pointwise(weight: Tensor, call: Conv) -> bool:
+    """Whether the convolution is a matrix product of the image's positions."""
+    ones = all(k == 1 for k in weight.shape[2:]) and all(s == 1 for s in call.stride) and not any(call.padding)
+    return ones and weight.dim() == 4 and call.groups == 1 and not call.transposed
+
+
 def post_op(activation: int, slope: float) -> tuple[str, list]:
     """oneDNN's name for an activation, and its numbers."""
     name = _activations.NAMES[activation]
@@ -73,6 +85,8 @@ def keep(weight: Tensor, input: Tensor, call: Conv) -> Tensor:
     weight = weight.to(input.dtype)
     if fused_by(input, call) is None or not hasattr(_onednn, "_reorder_convolution_weight") or input.dim() != 4:
         return weight
+    if is_pointwise(weight, call):  # as a linear layer: the call costs half as much
+        return _onednn._reorder_linear_weight(weight.flatten(1), input.numel() // input.shape[1])
     return _onednn._reorder_convolution_weight(weight, call.padding, call.stride, call.dilation, call.groups, list(input.shape))
 
 
@@ -80,16 +94,36 @@ def run(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
     """Convolution, bias, activation and residual without gradients; weight of input's dtype, or from `keep`."""
     if fused_by(input, call) is None:
         return finish(convolution(input, weight, bias, call), residual, call)
-    name = _activations.NAMES[call.activation]
-    numbers = (call.padding, call.stride, call.dilation, call.groups)
+    return run_fused(input, weight, bias, residual, call)
+
+
+def run_fused(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, call: Conv) -> Tensor:
+    """`run` where `fused_by` has said that oneDNN does it."""
     first = residual is not None and not call.residual_last
-    if first and name in ("none", "relu"):
-        bias = None if bias is None else bias.to(input.dtype)
-        then: tuple[Any, ...] = (None if name == "none" else name, [], None)
-        return _onednn._convolution_pointwise.binary(input, residual, weight, bias, *numbers, "add", None, *then)
     attr, scalars = ("none", []) if first else post_op(call.activation, call.slope)
+    if weight.dim() == 2:
+        return _positions(input, weight, bias, residual, call, attr, scalars)
+    numbers = (call.padding, call.stride, call.dilation, call.groups)
+    if first and call.activation in (0, 1):  # none, relu
+        bias = None if bias is None else bias.to(input.dtype)
+        then: tuple[Any, ...] = ("relu" if call.activation else None, [], None)
+        return _onednn._convolution_pointwise.binary(input, residual, weight, bias, *numbers, "add", None, *then)
     y = _onednn._convolution_pointwise(input, weight, bias, *numbers, attr, scalars, "none" if attr == "gelu" else "")
     if residual is None:
         return y
     y = y.add_(residual)
     return _activations.apply(y, call.activation, call.slope) if first else y
+
+
+def _positions(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, call: Conv, attr: str, scalars: list) -> Tensor:
+    """A 1x1 convolution as a product of positions."""
+    N, C, H, W = input.shape
+    rows = input.permute(0, 2, 3, 1).reshape(-1, C)
+    bias = None if bias is None else bias.to(input.dtype)
+    if residual is None or call.residual_last:
+        y = _onednn._linear_pointwise(rows, weight, bias, attr, scalars, "none" if attr == "gelu" else "")
+    else:
+        beside = residual.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
+        y = _activations.apply(_onednn._linear_pointwise.binary(rows, beside, weight, bias, "add"), call.activation, call.slope)
+    output = y.view(N, H, W, -1).permute(0, 3, 1, 2)
+    return output.add_(residual) if residual is not None and call.residual_last else output

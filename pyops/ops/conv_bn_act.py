@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -166,22 +168,42 @@ def _call(op: str, call: Conv, tensors, statistics, training: bool, momentum: fl
 
 
 def run_folded(input: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, call: Conv, kept: dict, backend: str | None) -> Tensor:
-    """Inference with a filter and bias of `fold`, for modules, which keep in `kept` what is made of them for the machine."""
-    size, _ = _check("conv_bn_act", call, input, weight.to(input.dtype), None, residual)
+    """Inference with a filter and bias of `fold`, for modules, which keep in `kept` what is made of them for the machine: what runs a
+    call, by its shape, and the filters in the layouts that it wants."""
+    plain = not torch.compiler.is_compiling() and backend is None and not _backends.overridden()
+    key = (input.shape, input.dtype, None if residual is None else residual.shape, _vendor_conv.switches()) if plain else None
+    known = kept.get(key) if plain else None
+    if known is None:
+        known = _plan(input, weight, bias, residual, call, kept, backend)
+        if plain:
+            kept[key] = known
+    return _conv_call.in_layout_of(known(input, residual), input)
+
+
+def _plan(input, weight, bias, residual, call: Conv, kept: dict, backend: str | None) -> Callable[[Tensor, Tensor | None], Tensor]:
+    size, O = _check("conv_bn_act", call, input, weight.to(input.dtype), None, residual)
     name = _facts_of("conv_bn_act", input, ()).choose(backend)
+    filter = weight.to(input.dtype)
     if name == "eager":
-        return _vendor_conv.finish(_vendor_conv.convolution(input, weight.to(input.dtype), bias, call), residual, call)
+        return lambda x, beside: _vendor_conv.finish(_vendor_conv.convolution(x, filter, bias, call), beside, call)
     m = _winograd(input, weight, call, keeps=True) if name == "cpu" else 0
-    if name != "cpu" or (not m and _vendor_conv.fused_by(input, call) is None):  # nothing to keep
-        return _conv_call.in_layout_of(infer(name, input, weight.to(input.dtype), bias, residual, call, size), input)
-    key = m or ("onednn", input.dtype)
+    if m:
+        points = _kept(kept, m, lambda: torch.ops.pyops.winograd_pack.default(weight, m))
+        infer_points, epilogue = torch.ops.pyops.winograd_infer.default, (*call.padding, call.activation, call.slope, call.residual_last)
+        return lambda x, beside: infer_points(x, points, bias, beside, O, *epilogue)
+    if name != "cpu" or _vendor_conv.fused_by(input, call) is None:  # nothing to keep
+        return lambda x, beside: infer(name, x, filter, bias, beside, call, size)
+    if math.prod(size) * input.shape[0] * filter.numel() < 3e6:  # products; oneDNN's fused call takes 30 us longer to start
+        filter, bias = filter.contiguous(memory_format=torch.channels_last), bias.to(filter.dtype)
+        return lambda x, beside: _vendor_conv.finish(_vendor_conv.convolution(x, filter, bias, call), beside, call)
+    packed = _kept(kept, input.dtype, lambda: _vendor_conv.keep(weight, input, call))
+    return lambda x, beside: _vendor_conv.run_fused(x, packed, bias, beside, call)
+
+
+def _kept(kept: dict, key, compute):
     if key not in kept:
-        kept[key] = torch.ops.pyops.winograd_pack.default(weight, m) if m else _vendor_conv.keep(weight, input, call)
-    if not m:
-        return _conv_call.in_layout_of(_vendor_conv.run(input, kept[key], bias, residual, call), input)
-    epilogue = (call.activation, call.slope, call.residual_last)
-    output = torch.ops.pyops.winograd_infer.default(input, kept[key], bias, residual, weight.shape[0], *call.padding, *epilogue)
-    return _conv_call.in_layout_of(output, input)
+        kept[key] = compute()
+    return kept[key]
 
 
 def infer(name: str, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, call: Conv, size) -> Tensor:

@@ -51,10 +51,11 @@ def linear_act(
 
 def run(name: str, input: Tensor, weight: Tensor, bias, residual, activation: int, slope: float, kept: dict | None = None) -> Tensor:
     """The layer without checks; `kept` holds what owners keep of the weight."""
-    if name == "eager" or _conv_call.needs_grad(input, weight, bias, residual):
+    if name == "eager" or (torch.is_grad_enabled() and _conv_call.needs_grad(input, weight, bias, residual)):
         y = F.linear(input, weight, bias)
         return _activations.apply(y if residual is None else y + residual, activation, slope)
-    rows, beside = input.reshape(-1, input.shape[-1]), None if residual is None else residual.reshape(-1, residual.shape[-1])
+    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    beside = None if residual is None else residual.reshape(-1, residual.shape[-1])
     if rows.shape[0] <= _linear_ops.MOST_ROWS:
         vector = _conv_call.as_vector(bias, input)
         output = torch.ops.pyops.linear_rows.default(rows, weight, vector, beside, activation, slope)
@@ -62,7 +63,7 @@ def run(name: str, input: Tensor, weight: Tensor, bias, residual, activation: in
         output = _by_onednn(rows, weight, bias, beside, activation, slope, kept)
     else:
         return run("eager", input, weight, bias, residual, activation, slope)
-    return output.reshape(*input.shape[:-1], weight.shape[0])
+    return output if input.dim() == 2 else output.reshape(*input.shape[:-1], weight.shape[0])
 
 
 def fused(input: Tensor) -> bool:
