@@ -18,6 +18,7 @@ from .conftest import assert_gate
 from .two_processes import image, step
 
 kernels = pytest.mark.skipif(_library.not_loaded_reason() is not None, reason=str(_library.not_loaded_reason()))
+OWN = None if _library.not_loaded_reason() else "cpu"  # auto trains small single convolutions on PyTorch's layers
 BLOCKS = {
     "mbconv": (lambda: MBConv(16, 16, 3, 1, 6, drop_path=0.3), (4, 16, 9, 8)),
     "stride": (lambda: MBConv(12, 20, 5, 2, 4), (4, 12, 9, 8)),
@@ -25,9 +26,9 @@ BLOCKS = {
     "no_squeeze": (lambda: MBConv(13, 24, 3, 1, 3, squeeze_channels=0, activation="relu6"), (4, 13, 7, 9)),
     "fused": (lambda: FusedMBConv(16, 16, 3, 1, 4, drop_path=0.2), (4, 16, 9, 8)),
     "fused_one": (lambda: FusedMBConv(16, 16, 3, 1, 1), (4, 16, 9, 8)),
-    "pointwise": (lambda: ConvBNAct(16, 24, 1, activation="hardswish"), (4, 16, 9, 8)),
+    "pointwise": (lambda: ConvBNAct(16, 24, 1, activation="hardswish", backend=OWN), (4, 16, 9, 8)),
     "depthwise": (lambda: ConvBNAct(16, 16, 3, 2, groups=16), (4, 16, 9, 8)),
-    "dense": (lambda: ConvBNAct(16, 24, 3, 2), (4, 16, 9, 8)),
+    "dense": (lambda: ConvBNAct(16, 24, 3, 2, backend=OWN), (4, 16, 9, 8)),
     "squeeze": (lambda: SqueezeExcitation(16, 4), (4, 16, 9, 8)),
 }
 blocks = pytest.mark.parametrize("name", BLOCKS)
@@ -376,3 +377,21 @@ def test_two_processes_share_their_statistics(tmp_path):
         torch.testing.assert_close(a, expected, **close)
     expected = pyops.batch_norm_act(x.detach(), None, None, training=True, activation="silu")
     torch.testing.assert_close(torch.cat([grads0[-1], grads1[-1]]), expected, **close)
+
+
+@kernels
+def test_single_convolutions_train_where_they_gain():
+    """On auto a dense convolution's layers stay PyTorch's unless Winograd's method runs it; depthwise ones are ours."""
+
+    def trains_here(block, *shape):
+        y = block.train()(image(shape).requires_grad_())
+        names, nodes = set(), [y.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            names.add(node.name())
+            nodes += [parent for parent, _ in node.next_functions if parent is not None]
+        return any("pyops" in name for name in names)
+
+    assert trains_here(ConvBNAct(64, 64, 3), 4, 64, 56, 56) and trains_here(ConvBNAct(16, 16, 3, groups=16), 2, 16, 8, 8)
+    assert not trains_here(ConvBNAct(16, 16, 3), 2, 16, 8, 8) and not trains_here(ConvBNAct(64, 128, 1), 2, 64, 28, 28)
+    assert trains_here(ConvBNAct(64, 128, 1, backend="cpu"), 2, 64, 28, 28)

@@ -136,7 +136,11 @@ class ConvBNAct(nn.Sequential):
             return run_folded(input, *folded[:2], **shape, activation=folded.activation, means=means, backend=self.backend)
         if folded is not None:
             output = self.run_dense(input, folded)
-        elif self.can_train(input) and (kernels := _training.kernels_for(self.backend, input)) is not None:
+        elif (
+            self.can_train(input)
+            and _training.gains(conv, self.backend, input)
+            and (kernels := _training.kernels_for(self.backend, input)) is not None
+        ):
             (cast,) = _conv_call.autocast(input)
             output = _conv_call.in_layout_of(_training.finish(kernels, self.convolve(kernels, _training.Pending(cast))), input)
         else:

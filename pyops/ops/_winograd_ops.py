@@ -54,7 +54,7 @@ def size_of_tile(shape: tuple[int, ...], weight: Tensor, stride, padding, dilati
         size = 4e-9 * points * C * O
         arithmetic = 2e-9 * points * tiles * C * O / _DIRECT + points * 8e-11 * tiles * (C + O)
         reads = size / (_L3 if size < _L3_SIZE else _MEMORY)
-        times[m] = _MARGIN * (arithmetic + reads + (0.0 if keeps else size / _WRITES))
+        times[m] = _MARGIN * (arithmetic + reads + (0.0 if keeps else size / _WRITES + 1e-4))
     return min(times, key=lambda m: times[m])
 
 

@@ -186,7 +186,7 @@ def _plan(input, weight, bias, residual, call: Conv, kept: dict, backend: str | 
     filter = weight.to(input.dtype)
     if name == "eager":
         return lambda x, beside: _vendor_conv.finish(_vendor_conv.convolution(x, filter, bias, call), beside, call)
-    m = _winograd(input, weight, call, keeps=True) if name == "cpu" else 0
+    m = winograd(input, weight, call, keeps=True) if name == "cpu" else 0
     if m:
         points = _kept(kept, m, lambda: torch.ops.pyops.winograd_pack.default(weight, m))
         infer_points, epilogue = torch.ops.pyops.winograd_infer.default, (*call.padding, call.activation, call.slope, call.residual_last)
@@ -227,10 +227,10 @@ def _kernel(kernels, input, weight, bias, residual, call: Conv, size) -> Tensor:
 
 
 def convolve(
-    kernels, input: Tensor, weight: Tensor, bias: Tensor | None, call: Conv, size, moments: bool, dense: bool, winograd: bool = True
+    kernels, input: Tensor, weight: Tensor, bias: Tensor | None, call: Conv, size, moments: bool, dense: bool, ours: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution with gradients, and its moments where asked for and where its own kernel gives them: `dense`, on a GPU."""
-    if not dense and not (winograd and _winograd(input, weight, call)):
+    if not dense and not (ours and winograd(input, weight, call)):
         return _vendor_conv.convolution(input, weight, bias, call), None
     image, filter, two = _with_rows(input), _with_rows(weight), _in_two_dimensions(call)
     shape = (two.stride, two.padding, *([_rows(size)] if call.transposed else []), two.dilation, two.groups)
@@ -239,7 +239,7 @@ def convolve(
     return y.reshape(input.shape[0], -1, *size), found if dense and moments and input.dim() == 4 else None
 
 
-def _winograd(input: Tensor, weight: Tensor, call: Conv, keeps: bool = False) -> int:
+def winograd(input: Tensor, weight: Tensor, call: Conv, keeps: bool = False) -> int:
     """m of the Winograd convolution that is fastest; 0: none. keeps: the points of the filters are kept."""
     if call.transposed or input.dim() != 4 or _conv_call.is_recorded():
         return 0
@@ -306,7 +306,7 @@ def _facts_of(op: str, input: Tensor, tensors) -> _Facts:
 
 
 def _describe(call: Conv, input: Tensor, weight: Tensor, training: bool) -> str:
-    m = _winograd(input, weight, call)
+    m = winograd(input, weight, call)
     kernel = "x".join(map(str, weight.shape[2:]))
     text = f"{input.device.type}, {str(input.dtype)[6:]}, shape {tuple(input.shape)}, kernel {kernel}, stride {call.stride}"
     if input.is_cpu:
