@@ -44,9 +44,8 @@ def peers_of(block: MBConv, x: torch.Tensor, wanted: str) -> tuple[dict, dict]:
         return lambda: twin(value)
 
     def compiled():
-        twin, value = eager_twin(block, torch.channels_last, hooks=False), x
-        call = torch.compile(Plain(twin), options={"freezing": True})
-        return lambda: call(value)
+        call = conv_peers.frozen(Plain(eager_twin(block, torch.channels_last, hooks=False)), x)
+        return lambda: call(x)
 
     factories = {
         "torch.nn": lambda: eager(torch.channels_last),

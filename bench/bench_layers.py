@@ -60,9 +60,7 @@ def peers_of(module: nn.Module, x: torch.Tensor, wanted: str) -> tuple[dict, dic
         return lambda: twin(value)
 
     def compiled():
-        call = torch.compile(copy.deepcopy(module))
-        with torch._inductor.config.patch(freezing=True):  # as an option of torch.compile it was ignored
-            call(x)
+        call = conv_peers.frozen(copy.deepcopy(module), x)
         return lambda: call(x)
 
     factories = {

@@ -47,10 +47,20 @@ def _eager(memory_format, compiled: bool = False):
         x, weight, bias = args
         block = Block(weight, bias, kwargs).to(memory_format=memory_format)
         x = x.detach().contiguous(memory_format=memory_format).requires_grad_(x.requires_grad)
-        call = torch.compile(block, options={"freezing": True} if not weight.requires_grad else None) if compiled else block
+        call = block if not compiled else torch.compile(block) if weight.requires_grad else frozen(block, x)
         return lambda: call(x)
 
     return factory
+
+
+def frozen(module: nn.Module, x: Tensor) -> Callable:
+    """The module compiled with its parameters as constants. As an option of torch.compile freezing is ignored (2.14, 2.15), and code that
+    was compiled without it would be found again."""
+    torch._dynamo.reset()
+    call = torch.compile(module)
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        call(x)
+    return call
 
 
 def onnx_bytes(module: nn.Module, x: Tensor) -> bytes:
