@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import pyops
 from pyops import _library
 from pyops.ops import _channel_ops
 from pyops.ops import _dense_ops as dense
@@ -152,3 +153,17 @@ def test_wrong_arguments_are_named():
         torch.ops.pyops.conv_transpose_run(x, weight.transpose(0, 1), None, None, [1, 1], [1, 1], [6, 5], [1, 1], 1, *rest)
     with pytest.raises(RuntimeError, match="grad: wrong shape"):
         torch.ops.pyops.conv_wgrad(x, x, [3, 3], [2, 2], [1, 1], [1, 1], 1)
+
+
+def test_transposed_gradients_beyond_the_stride():
+    """An output padding of a stride or more, which dilation allows, has positions that the gradient's convolution does not reach."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 3, 6, 6), torch.randn(3, 4, 3, 3)
+    options = dict(stride=1, dilation=2, output_padding=1)
+    found = []
+    for backend in ("cpu", "eager"):
+        inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = pyops.conv_transpose_bn_act(*inputs, **options, backend=backend)
+        found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

@@ -95,6 +95,19 @@ def test_inference_keeps_the_layout_and_takes_no_images(name):
         assert block(empty).shape == one_by_one(block, empty).shape
 
 
+def test_one_channel_and_replaced_paddings():
+    """NCHW of one channel is channels_last as well: the output is NCHW. A convolution put in place with padding "same" runs as it is."""
+    block = ConvBNAct(1, 32, 3).eval()
+    with torch.no_grad():
+        for N in (2, 64):
+            assert block(torch.randn(N, 1, 28, 28)).is_contiguous()
+        x = image(2, 1, 9, 9)
+        block[0] = nn.Conv2d(1, 32, 3, padding="same", bias=False)
+        torch.testing.assert_close(block(x), one_by_one(block, x))
+        with pytest.raises(ValueError, match=r"input: expected \[N, 16, H, W\]"):
+            ConvBNAct(16, 16, 3).eval()(torch.randn(16, 9, 9))
+
+
 @every_block
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_and_running_statistics(name, training):

@@ -83,9 +83,11 @@ def test_layouts_empty_batches_and_hooks():
         assert found.is_contiguous()
         torch.testing.assert_close(found, expected)
         assert block(x[:0]).shape == (0, 24, 9, 8)
-        block.block[2].register_forward_hook(lambda *_: seen.append(1))
-        torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
-    assert seen
+        for part in (block.block[2], block.block, block.stochastic_depth):
+            handle = part.register_forward_hook(lambda *_: seen.append(1))
+            torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+            handle.remove()
+    assert len(seen) == 3
 
 
 def test_names_are_torchvisions():

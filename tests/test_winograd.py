@@ -204,6 +204,16 @@ def test_gradients():
             assert relative_error([(found, expected)]) <= BOUND
 
 
+def test_modules_remember_so_many_shapes():
+    from pyops.ops.conv_bn_act import MOST_PLANS
+
+    block = pyops.nn.ConvBNAct(16, 16, 3).eval()
+    with torch.no_grad():
+        for size in range(5, 5 + 2 * MOST_PLANS):
+            block(torch.randn(1, 16, size, 4))
+    assert len(block.folded().kept["plans"]) <= MOST_PLANS
+
+
 def test_modules_keep_the_filters(monkeypatch):
     torch.manual_seed(0)
     block = pyops.nn.ConvBNAct(64, 64, 3).eval()
@@ -229,8 +239,10 @@ def test_modules_keep_the_filters(monkeypatch):
 
 
 CODE = """
+import runpy, sys
 import torch
-from tests.test_winograd import BOUND, SHAPES, draw, infer, relative_error, truth
+from pyops.testing import relative_error
+globals().update(runpy.run_path(sys.argv[1]))
 for m in (4, 2):
     for shape in SHAPES:
         x, weight, bias = draw(*shape)
@@ -242,9 +254,8 @@ assert relative_error([(infer(x, weight, bias, 4, pool=True), truth(x, weight, b
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_other_instruction_sets(isa):
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = dict(os.environ, PYOPS_CPU_ISA=isa, PYTHONPATH=root)
-    result = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, cwd=root)
+    environment = dict(os.environ, PYOPS_CPU_ISA=isa)
+    result = subprocess.run([sys.executable, "-c", CODE, __file__], env=environment, capture_output=True, text=True)
     if "PYOPS_CPU_ISA" in result.stderr and "lacks" in result.stderr:
         pytest.skip(f"no {isa} here")
     assert result.returncode == 0, result.stderr[-3000:]

@@ -180,7 +180,8 @@ class ConvBNAct(nn.Sequential):
         conv: Any = self[0]
         norm: Any = self[1]
         activation = self.activation
-        if not is_plain(self, KINDS) or activation is None or norm.training or norm.running_mean is None or conv.padding_mode != "zeros":
+        plain = is_plain(self, KINDS) and activation is not None and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+        if not plain or norm.training or norm.running_mean is None:
             return None
         weight, bias = fold(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
         shape = _training.shape_of(conv)._replace(activation=_activations.NAMES.index(activation), slope=0.01)

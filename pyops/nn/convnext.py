@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyops.nn._derived import Derived, is_plain
+from pyops import _backends
+from pyops.nn._derived import Derived, has_hooks, is_plain
 from pyops.nn.conv import DropPath, can_fold
-from pyops.ops import _activations, _conv_call, linear_act
+from pyops.ops import _activations, _conv_call, _mlp_ops  # noqa: F401  (registers the ops)
 from pyops.ops.depthwise_conv import depthwise_conv_bn_act, run_folded
 
 GELU = _activations.NAMES.index("gelu")
@@ -31,8 +31,8 @@ class ConvNeXtBlock(nn.Module):
     """``input + drop_path(layer_scale * mlp(layer_norm(depthwise7x7(input))))``: torchvision's CNBlock, names and results.
 
     ``[N, dim, H, W] -> [N, dim, H, W]``, fast in channels_last. The MLP widens to ``4 * dim`` with GELU between. Without gradients on a CPU
-    the depthwise convolution is pyops' kernel, the layers are oneDNN's with GELU and residual fused, the layer scale is folded into the
-    second one's weight, and weights are kept until a parameter changes.
+    the block is two kernels: the depthwise convolution, and all the rest, whose hidden rows stay in each core's cache. LayerNorm's affine
+    and the layer scale are folded into the layers' weights, which are packed once and again when a parameter changes.
 
     Source: Liu et al., 2022 (A ConvNet for the 2020s).
     """
@@ -68,15 +68,21 @@ class ConvNeXtBlock(nn.Module):
         if not self._is_standard() or input.dim() != 4 or input.shape[1] != conv.in_channels:
             return self.stochastic_depth(self.layer_scale * self.block(input)) + input
         drops = type(self.stochastic_depth) is not DropPath or (self.stochastic_depth.training and self.stochastic_depth.p > 0)
-        if can_fold(conv.weight, input) and input.is_cpu and not drops and not torch.compiler.is_compiling():
+        if can_fold(conv.weight, input) and not drops and self._has_kernel(input):
             return self._infer(input)
         y: Any = depthwise_conv_bn_act(*_conv_call.autocast(input, conv.weight, conv.bias), padding=3, backend=self.backend)
         return self.stochastic_depth(self.layer_scale * self.block[1:](y)) + input
+
+    def _has_kernel(self, input: Tensor) -> bool:
+        wished = _backends.requested(self.backend) in ("auto", "cpu") and not torch.compiler.is_compiling()
+        return wished and _conv_call.unsupported(input.device.type, input.dtype, "cpu") is None
 
     def _is_standard(self) -> bool:
         parts: list[Any] = list(self.block)
         kinds = (nn.Conv2d, Permute, nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear, Permute)
         if tuple(type(part) for part in parts) != kinds or not is_plain(self.block, (nn.Sequential, *set(kinds))):
+            return False
+        if has_hooks(self.block) or has_hooks(self.stochastic_depth):
             return False
         conv, widen, narrow = parts[0], parts[3], parts[5]
         plain = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode) == ((7, 7), (1, 1), (3, 3), (1, 1), "zeros")
@@ -87,20 +93,20 @@ class ConvNeXtBlock(nn.Module):
 
     def _infer(self, input: Tensor) -> Tensor:
         parts: list[Any] = list(self.block)
-        conv, norm, widen = parts[0], parts[2], parts[3]
-        narrow, kept = self._kept.get(self, lambda: (self._scaled(parts[5]), ({}, {})), input.dtype)
+        conv, norm, dim = parts[0], parts[2], input.shape[1]
+        packed = self._kept.get(self, lambda: self._pack(parts), input.dtype)
+        image = input.contiguous(memory_format=torch.channels_last)
         shape: dict[str, Any] = dict(stride=(1, 1), padding=(3, 3), dilation=(1, 1), activation="none", means=False, backend=self.backend)
-        y, _ = run_folded(input.contiguous(memory_format=torch.channels_last), conv.weight, conv.bias, **shape)
-        rows = y.permute(0, 2, 3, 1)
-        rows = F.layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        name = linear_act.choose(None, input, live=False)
-        hidden = linear_act.run(name, rows, widen.weight, widen.bias, None, GELU, 0.0, kept[0])
-        residual = input.permute(0, 2, 3, 1)
-        output = linear_act.run(name, hidden, narrow[0], narrow[1], residual, 0, 0.0, kept[1]).permute(0, 3, 1, 2)
-        return _conv_call.in_layout_of(output, input)
+        y, _ = run_folded(image, conv.weight, conv.bias, **shape)
+        rows, residual = (t.permute(0, 2, 3, 1).reshape(-1, dim) for t in (y, image))
+        output = torch.ops.pyops.mlp_infer.default(rows, packed, residual, 4 * dim, dim, True, norm.eps, GELU, 0.0)
+        return _conv_call.in_layout_of(output.view(image.shape[0], *image.shape[2:], dim).permute(0, 3, 1, 2), input)
 
-    def _scaled(self, layer: Any) -> tuple[Tensor, Tensor]:
-        """The second layer with the layer scale in it."""
-        scale = self.layer_scale.flatten().float()
-        weight, bias = layer.weight.float() * scale[:, None], layer.bias.float() * scale
-        return weight.to(layer.weight.dtype), bias.to(layer.bias.dtype)
+    def _pack(self, parts: list[Any]) -> Tensor:
+        """Both layers for the fused MLP: LayerNorm's affine in the first, the layer scale in the second."""
+        norm, widen, narrow = parts[2], parts[3], parts[5]
+        scale, kind = self.layer_scale.flatten().float(), torch.bfloat16 if widen.weight.dtype == torch.bfloat16 else torch.float32
+        first, second = widen.weight.float(), narrow.weight.float() * scale[:, None]
+        first_bias = widen.bias.float() if norm.bias is None else widen.bias.float() + first @ norm.bias.float()
+        first = first if norm.weight is None else first * norm.weight.float()
+        return torch.ops.pyops.mlp_pack.default(first.to(kind), first_bias, second.to(kind), narrow.bias.float() * scale)

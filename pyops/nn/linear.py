@@ -28,22 +28,28 @@ class LinearAct(nn.Linear):
         self.activation, self.backend = activation, backend
         self._kept = Derived()
 
+    def train(self, mode: bool = True):
+        self._kept.clear()
+        return super().train(mode)
+
     def _apply(self, fn, recurse=True):
         self._kept.clear()
         return super()._apply(fn, recurse)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         weight, bias = self.weight, self.bias
-        follows = torch.is_grad_enabled() or torch.compiler.is_compiling() or _conv_call.is_autocast(input.device.type)
-        if follows or input.dtype != weight.dtype or weight.dtype == torch.float64:
+        follows = torch.is_grad_enabled() or _conv_call.is_followed() or _conv_call.is_autocast(input.device.type)
+        if follows or "weight" not in self._parameters or input.dtype != weight.dtype or weight.dtype == torch.float64:
             options: dict = dict(residual=residual, activation=self.activation, backend=self.backend)
             return _linear.linear_act(input, weight, bias, **options)
         kept = self._kept.get(self, dict)
         key = (input.shape, None if residual is None else (residual.shape, residual.dtype))
-        if key not in kept or self.backend is not None or _backends.overridden():  # a call like no other before
+        last, name = kept.get("last", (None, ""))
+        if last != key or self.backend is not None or _backends.overridden():  # not the call of last time
             _linear.check(input, weight, bias, residual)
-            kept[key] = _linear.choose(self.backend, input, live=False), _activations.NAMES.index(self.activation)
-        name, number = kept[key]
+            name = _linear.choose(self.backend, input, live=False)
+            kept["last"] = key, name
+        number = _activations.NAMES.index(self.activation)
         return _linear.run(name, input, weight, bias, residual, number, 0.01, kept)
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyops import _backends, _library
 
@@ -73,8 +74,16 @@ def is_autocast(device: str) -> bool:
 
 
 def is_recorded() -> bool:
-    """Whether someone follows the ops of a call who knows torch's own alone: torch.jit.trace, the ONNX exporter, torch.func."""
-    return torch.jit.is_tracing() or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
+    """Whether someone follows the ops of a call who knows torch's own alone: torch.jit.trace, the ONNX exporter, torch.func, forward-mode
+    gradients."""
+    if torch.jit.is_tracing() or forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def is_followed() -> bool:
+    """Whether anyone at all does, who may not know PyTorch's private ops: the compiler, fake tensors and other modes of dispatch."""
+    return torch.compiler.is_compiling() or is_recorded() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def autocast(*tensors):
@@ -114,5 +123,6 @@ def as_vector(t: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def in_layout_of(output: Tensor, input: Tensor) -> Tensor:
-    """A kernel's channels_last output in the layout that the input had."""
-    return output if input.is_contiguous(memory_format=torch.channels_last) else output.contiguous()
+    """A kernel's channels_last output in the layout that the input had; of one channel, the layout that its strides tell."""
+    last = input.is_contiguous(memory_format=torch.channels_last) and (input.shape[1] != 1 or input.stride(1) == 1)
+    return output if last else output.contiguous()

@@ -74,7 +74,7 @@ def post_op(activation: int, slope: float) -> tuple[str, list]:
 def fused_by(input: Tensor, call: Conv) -> str | None:
     """ "onednn" where one call does the convolution and its activation, else None."""
     kind = input.dtype in (torch.float32, torch.bfloat16) and input.is_cpu and input.numel() > 0
-    if not kind or call.transposed or torch.compiler.is_compiling() or _conv_call.is_recorded():
+    if not kind or call.transposed or _conv_call.is_followed():
         return None
     there = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and hasattr(_onednn, "_convolution_pointwise")
     return "onednn" if there and (input.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()) else None
@@ -104,7 +104,7 @@ def run_fused(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
     if weight.dim() == 2:
         return _positions(input, weight, bias, residual, call, attr, scalars)
     numbers = (call.padding, call.stride, call.dilation, call.groups)
-    if first and call.activation in (0, 1):  # none, relu
+    if first and call.activation in (0, 1) and input.dim() > 3:  # none, relu
         bias = None if bias is None else bias.to(input.dtype)
         then: tuple[Any, ...] = ("relu" if call.activation else None, [], None)
         return _onednn._convolution_pointwise.binary(input, residual, weight, bias, *numbers, "add", None, *then)

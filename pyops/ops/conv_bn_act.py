@@ -167,37 +167,42 @@ def _call(op: str, call: Conv, tensors, statistics, training: bool, momentum: fl
     return output + residual if call.residual_last and residual is not None else output
 
 
+MOST_PLANS = 64  # shapes that a module remembers
+
+
 def run_folded(input: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, call: Conv, kept: dict, backend: str | None) -> Tensor:
-    """Inference with a filter and bias of `fold`, for modules, which keep in `kept` what is made of them for the machine: what runs a
-    call, by its shape, and the filters in the layouts that it wants."""
-    plain = not torch.compiler.is_compiling() and backend is None and not _backends.overridden()
-    key = (input.shape, input.dtype, None if residual is None else residual.shape, _vendor_conv.switches()) if plain else None
-    known = kept.get(key) if plain else None
-    if known is None:
-        known = _plan(input, weight, bias, residual, call, kept, backend)
-        if plain:
-            kept[key] = known
-    return _conv_call.in_layout_of(known(input, residual), input)
+    """Inference with a filter and bias of `fold`, for modules, which keep in `kept` what is made of them for the machine: the filters in
+    the layouts that kernels want, and what runs a call, by its shape."""
+    if torch.compiler.is_compiling() or backend is not None or _backends.overridden():
+        return _conv_call.in_layout_of(_plan(input, weight, bias, residual, call, kept, backend)(input, residual), input)
+    plans = kept.setdefault("plans", {})
+    key = (input.shape, input.dtype, None if residual is None else residual.shape, _vendor_conv.switches())
+    plan = plans.get(key)
+    if plan is None:
+        if len(plans) >= MOST_PLANS:
+            plans.clear()
+        plan = plans[key] = _plan(input, weight, bias, residual, call, kept, backend)
+    return _conv_call.in_layout_of(plan(input, residual), input)
 
 
 def _plan(input, weight, bias, residual, call: Conv, kept: dict, backend: str | None) -> Callable[[Tensor, Tensor | None], Tensor]:
+    if input.dim() != 4 or input.shape[1] != weight.shape[1] * call.groups:
+        raise ValueError(f"ConvBNAct: input: expected [N, {weight.shape[1] * call.groups}, H, W], got shape {tuple(input.shape)}")
     size, O = _check("conv_bn_act", call, input, weight.to(input.dtype), None, residual)
     name = _facts_of("conv_bn_act", input, ()).choose(backend)
-    filter = weight.to(input.dtype)
-    if name == "eager":
-        return lambda x, beside: _vendor_conv.finish(_vendor_conv.convolution(x, filter, bias, call), beside, call)
     m = winograd(input, weight, call, keeps=True) if name == "cpu" else 0
     if m:
         points = _kept(kept, m, lambda: torch.ops.pyops.winograd_pack.default(weight, m))
         infer_points, epilogue = torch.ops.pyops.winograd_infer.default, (*call.padding, call.activation, call.slope, call.residual_last)
         return lambda x, beside: infer_points(x, points, bias, beside, O, *epilogue)
-    if name != "cpu" or _vendor_conv.fused_by(input, call) is None:  # nothing to keep
-        return lambda x, beside: infer(name, x, filter, bias, beside, call, size)
-    if math.prod(size) * input.shape[0] * filter.numel() < 3e6:  # products; oneDNN's fused call takes 30 us longer to start
-        filter, bias = filter.contiguous(memory_format=torch.channels_last), bias.to(filter.dtype)
+    small = math.prod(size) * input.shape[0] * weight.numel() < 3e6  # products; oneDNN's fused call takes 30 us longer to start
+    if name == "cpu" and not small and _vendor_conv.fused_by(input, call) is not None:
+        packed = _kept(kept, input.dtype, lambda: _vendor_conv.keep(weight, input, call))
+        return lambda x, beside: _vendor_conv.run_fused(x, packed, bias, beside, call)
+    filter = _kept(kept, ("plain", input.dtype), lambda: weight.to(input.dtype))
+    if name == "eager" or (name == "cpu" and small):
         return lambda x, beside: _vendor_conv.finish(_vendor_conv.convolution(x, filter, bias, call), beside, call)
-    packed = _kept(kept, input.dtype, lambda: _vendor_conv.keep(weight, input, call))
-    return lambda x, beside: _vendor_conv.run_fused(x, packed, bias, beside, call)
+    return lambda x, beside: infer(name, x, filter, bias, beside, call, size)
 
 
 def _kept(kept: dict, key, compute):
@@ -230,6 +235,8 @@ def convolve(
     kernels, input: Tensor, weight: Tensor, bias: Tensor | None, call: Conv, size, moments: bool, dense: bool, ours: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution with gradients, and its moments where asked for and where its own kernel gives them: `dense`, on a GPU."""
+    if call.output_padding is not None and any(r >= s for r, s in zip(call.output_padding, call.stride, strict=True)):
+        dense = ours = False  # positions that no stride of the gradient's convolution reaches
     if not dense and not (ours and winograd(input, weight, call)):
         return _vendor_conv.convolution(input, weight, bias, call), None
     image, filter, two = _with_rows(input), _with_rows(weight), _in_two_dimensions(call)

@@ -37,7 +37,8 @@ def linear_act(
         backend: "cpu" (pyops' kernel for up to 4 rows, oneDNN's fused product for more) or "eager"; None lets pyops choose.
 
     Returns:
-        output ``[..., N]``. With gradients PyTorch's own ops run. `pyops.nn.LinearAct` keeps the weight in oneDNN's layout.
+        output ``[..., N]``. With gradients PyTorch's own ops run, whatever the backend. `pyops.nn.LinearAct` keeps the weight in
+        oneDNN's layout.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or value, or a named backend that cannot run it.
@@ -68,7 +69,7 @@ def run(name: str, input: Tensor, weight: Tensor, bias, residual, activation: in
 
 def fused(input: Tensor) -> bool:
     """Whether oneDNN's fused product, private to PyTorch, is there for such inputs."""
-    if not input.is_cpu or input.numel() == 0 or torch.compiler.is_compiling() or _conv_call.is_recorded():
+    if not input.is_cpu or input.numel() == 0 or _conv_call.is_followed():
         return False
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and hasattr(_onednn, "_linear_pointwise")):
         return False

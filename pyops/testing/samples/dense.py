@@ -107,6 +107,7 @@ SAMPLES = (
     _sample("one_pixel", (3, 10, 1, 1), 8, 3, padding=1, activation="silu"),
     _sample("no_images", (0, 6, 6, 5), 8, 3, padding=1, activation="silu"),
     _sample("one_dimension", (2, 6, 19), 8, 5, padding=2, stride=2, **BLOCK),
+    _sample("one_dimension_residual", (2, 6, 19), 8, 5, padding=2, residual=True, **BLOCK),
     _sample("one_dimension_training", (2, 6, 19), 8, 5, padding=2, training=True, **BLOCK),
     _sample("three_dimensions", (2, 4, 5, 6, 7), 6, 3, padding=1, stride=(1, 2, 1), **BLOCK),
     _sample("three_dimensions_training", (2, 4, 5, 6, 7), 6, (1, 3, 2), training=True, **BLOCK),
