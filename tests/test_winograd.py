@@ -161,10 +161,10 @@ def test_refusals(change, match):
 
 @pytest.fixture
 def ieee():
-    before = torch.backends.fp32_precision
-    torch.backends.fp32_precision = "ieee"
-    yield
-    torch.backends.fp32_precision = before
+    with getattr(torch.backends, "__allow_nonbracketed_mutation")():  # torch's test tools freeze the flags of a process
+        before, torch.backends.fp32_precision = torch.backends.fp32_precision, "ieee"
+        yield
+        torch.backends.fp32_precision = before
 
 
 LARGE = (1, 64, 56, 56, 64)

@@ -56,7 +56,7 @@ _POST_OPS: dict[str, tuple[str, list]] = {  # ours -> oneDNN's, as ATen names th
 def switches() -> tuple:
     """torch's global switches that a choice of kernels depends on."""
     backends: Any = torch.backends
-    return backends.fp32_precision, backends.mkldnn.conv.fp32_precision, backends.mkldnn.enabled
+    return backends.mkldnn.conv.fp32_precision, backends.mkldnn.enabled
 
 
 def is_pointwise(weight: Tensor, call: Conv) -> bool:

@@ -69,4 +69,4 @@ def _allowed() -> bool:
     if torch.compiler.is_compiling() or _library.load_error is not None:
         return False
     backends: Any = torch.backends
-    return "ieee" not in (backends.fp32_precision, backends.mkldnn.conv.fp32_precision)
+    return backends.mkldnn.conv.fp32_precision != "ieee"  # which follows torch.backends.fp32_precision where it is not set itself
