@@ -77,7 +77,8 @@ class ConvBNAct(nn.Sequential):
 
     Parameter names are those of torchvision's Conv2dNormActivation (``0.weight``, ``1.weight``, ...). Depthwise
     (``groups == in_channels == out_channels``) and 1x1 convolutions run on pyops' kernels, others on PyTorch's, and batch norm with the
-    activation in one pass each way; what is saved for backward is the convolution's input and output. In eval mode the running
+    activation in one pass each way; what is saved for backward is then the convolution's input and output (a dense convolution on a CPU
+    trains so where Winograd's method runs it, else on PyTorch's layers). In eval mode the running
     statistics are folded into the filter once, and again when a parameter or buffer changes. ``padding=None`` keeps the size at stride 1.
     `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the processes of a group share their statistics, on CPUs too. Gradients of
     gradients (``create_graph=True``) need ``backend="eager"``.
