@@ -12,7 +12,7 @@ from pyops.nn import MBConv
 from pyops.testing.samples import conv_peers
 
 from .bench_ops import DEVICE
-from .conftest import record
+from .conftest import collect, record
 
 # input channels, output channels, kernel, stride, expansion, input size: every shape that occurs in stages 1 to 7
 BLOCKS = {
@@ -54,16 +54,7 @@ def peers_of(block: MBConv, x: torch.Tensor, wanted: str) -> tuple[dict, dict]:
         "onnxruntime": lambda: conv_peers.onnxruntime_of(Plain(block), x),
         "openvino": lambda: conv_peers.openvino_of(Plain(block), x),
     }
-    peers, skipped = {}, {}
-    for name, factory in factories.items():
-        if wanted != "all" and name not in wanted.split(","):
-            continue
-        try:
-            peers[name] = factory()
-            peers[name]()
-        except (ImportError, TypeError, ValueError) as reason:
-            skipped[name] = str(reason)
-    return peers, skipped
+    return collect(factories, wanted)
 
 
 def eager_twin(block: torch.nn.Module, layout: torch.memory_format, hooks: bool = True) -> torch.nn.Module:

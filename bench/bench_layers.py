@@ -13,7 +13,7 @@ from pyops.nn import ConvBNAct, ConvNeXtBlock, LinearAct
 from pyops.testing.samples import conv_peers, linear
 
 from .bench_ops import DEVICE
-from .conftest import record
+from .conftest import collect, record
 
 # channels, size, outputs, kernel, options: layers of ResNet and VGG, a DenseNet layer's second, the stem, AlexNet's groups, Inception's 1x7
 LAYERS: dict[str, tuple] = {
@@ -70,16 +70,7 @@ def peers_of(module: nn.Module, x: torch.Tensor, wanted: str) -> tuple[dict, dic
         "onnxruntime": lambda: conv_peers.onnxruntime_of(module, x),
         "openvino": lambda: conv_peers.openvino_of(module, x),
     }
-    peers, skipped = {}, {}
-    for name, factory in factories.items():
-        if wanted != "all" and name not in ("torch.nn NCHW", *wanted.split(",")):
-            continue
-        try:
-            peers[name] = factory()
-            peers[name]()
-        except (ImportError, TypeError, ValueError) as reason:
-            skipped[name] = str(reason)
-    return peers, skipped
+    return collect(factories, wanted if wanted == "all" else f"torch.nn NCHW,{wanted}")
 
 
 def race_inference(module, twin, x, flops, race, benchmark, request, **facts):

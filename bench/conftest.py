@@ -209,3 +209,17 @@ def record(benchmark, times: dict[str, list[float]], flops: int, moved: int, dev
         baselines=baselines,
         environment={name: os.environ[name] for name in ("PYOPS_BACKEND", "PYOPS_CPU_ISA") if name in os.environ},
     )
+
+
+def collect(factories: dict, wanted: str) -> tuple[dict, dict]:
+    """(the wanted peers that run, name -> call; why the others do not, name -> reason)"""
+    peers, skipped = {}, {}
+    for name, factory in factories.items():
+        if wanted != "all" and name not in wanted.split(","):
+            continue
+        try:
+            peers[name] = factory()
+            peers[name]()
+        except (ImportError, TypeError, ValueError) as reason:
+            skipped[name] = str(reason)
+    return peers, skipped
