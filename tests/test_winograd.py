@@ -134,7 +134,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.pyops.winograd_pack.default, (weight, 4))
     points = torch.ops.pyops.winograd_pack(weight, 2)
     for pool in (False, True):
-        torch.library.opcheck(torch.ops.pyops.winograd_infer.default, (x, points, bias, None, 18, 1, 1, 1, 0.0, False, pool))
+        torch.library.opcheck(torch.ops.pyops.winograd_infer.default, (x, points, bias, None, 18, 1, 1, 1, 0.0, False, int(pool)))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_opcheck():
         (dict(activation=99), "activation: expected 0..9"),
         (dict(x=torch.zeros(2, 5, 1, 7), pad=0), "too small for a 3x3 filter"),
         (dict(residual=torch.zeros(2, 18, 6, 6)), "residual"),
-        (dict(residual=torch.zeros(2, 18, 6, 7), pool=True), "takes no residual"),
+        (dict(pool=3), "pool: expected 0, 1 or 2"),
     ],
 )
 def test_refusals(change, match):

@@ -6,14 +6,6 @@
 
 namespace pyops::conv {
 
-// Distance between positions of an image whose channels are neighbours and whose positions are evenly spaced; 0 where they are not.
-inline int64_t position_stride(const Tensor& t) {
-  const int64_t N = t.size(0), C = t.size(1), H = t.size(2), W = t.size(3);
-  if (C > 1 && t.stride(1) != 1) return 0;
-  const int64_t stride = W > 1 ? t.stride(3) : H > 1 ? t.stride(2) : N > 1 ? t.stride(0) : C;
-  const bool even = (W <= 1 || t.stride(3) == stride) && (H <= 1 || t.stride(2) == stride * W) && (N <= 1 || t.stride(0) == stride * W * H);
-  return even && stride >= C ? stride : 0;
-}
 // The tensor itself, or a dense copy where its positions are not evenly spaced.
 inline Tensor as_positions(const Tensor& t) { return t.numel() == 0 || position_stride(t) > 0 ? t : as_image(t); }
 

@@ -2,7 +2,8 @@
 //
 //   input [N,H,W,C], filters 3x3, stride 1, pad_h x pad_w zeros around  ->  y [N,OH,OW,O], OH = H + 2*pad_h - 2, OW likewise
 //   output = activation(y + bias + residual), or with residual_last activation(y + bias) + residual
-//   pool: output is the maximum of each whole 2x2 window of that, [N,OH/2,OW/2,O] (no residual then)
+//   pool: output is the maximum or the average of each whole 2x2 window of that, [N,OH/2,OW/2,O]
+//   upsample: what is stored is [N,H/2,W/2,C], and input is that enlarged twice, each position repeated or bilinear (half-pixel centres)
 //
 // F(m x m, 3x3): m*m outputs of a channel pair cost (m+2)^2 products instead of 9*m*m: 4 times fewer for m = 4, 2.25 times for m = 2.
 // Sums and transforms in float. Transforms with m = 4 multiply by up to 5 and 8 and divide by 24: the result's relative L2 error was 2 to 8
@@ -14,11 +15,17 @@
 
 namespace pyops::conv {
 
+enum class Pool : int32_t { none, maximum, average };
+enum class Upsample : int32_t { none, nearest, bilinear };
+
 struct Winograd {
   int64_t N, C, H, W, O;
-  int32_t m;  // 4 or 2
+  int64_t out_stride;  // between output's positions: O, or more where it is a slice of a wider image's channels
+  int32_t m;           // 4 or 2
   int32_t pad_h, pad_w;
-  bool pool, residual_last;
+  bool residual_last;
+  Pool pool;
+  Upsample upsample;
   DType dtype;  // of the images
   Activation activation;
   float slope;

@@ -71,6 +71,7 @@ struct WinogradPass {
 
   void gather(const Place& at, int64_t c, vf (&d)[kSide][kSide]) const {
     const int64_t y0 = at.y - p.pad_h, x0 = at.x - p.pad_w;
+    if (p.upsample != Upsample::none) return gather_enlarged(at.n, y0, x0, c, d);
     const S* from = static_cast<const S*>(p.input) + ((at.n * p.H + y0) * p.W + x0) * p.C + c;
     const bool inside = y0 >= 0 && x0 >= 0 && y0 + kSide <= p.H && x0 + kSide <= p.W && c + kF <= p.C;
     for (int i = 0; i < kSide; ++i)
@@ -78,6 +79,45 @@ struct WinogradPass {
         const bool there = inside || (y0 + i >= 0 && y0 + i < p.H && x0 + j >= 0 && x0 + j < p.W);
         d[i][j] = !there ? vf{} : inside ? load_as(from + (i * p.W + j) * p.C, float{}) : get(from + (i * p.W + j) * p.C, p.C - c);
       }
+  }
+
+  // The two stored positions that an enlarged one lies between, inside the image, and the share of the second.
+  struct Between {
+    int64_t lo, hi;
+    float share;
+  };
+  Between between(int64_t at, int64_t size) const {
+    if (p.upsample == Upsample::nearest) return {at >> 1, at >> 1, 0.f};
+    const int64_t lo = (at - 1) >> 1;
+    return {lo < 0 ? 0 : lo, lo + 1 < size ? lo + 1 : size - 1, at & 1 ? 0.25f : 0.75f};
+  }
+  // A tile of the enlarged image: its columns between two stored rows, then between two of those.
+  void gather_enlarged(int64_t n, int64_t y0, int64_t x0, int64_t c, vf (&d)[kSide][kSide]) const {
+    const int64_t h = p.H / 2, w = p.W / 2, left = p.C - c;
+    const S* const image = static_cast<const S*>(p.input) + n * h * w * p.C + c;
+    constexpr int kStored = kSide / 2 + 2;
+    const int64_t first = (x0 - 1) >> 1;
+    for (int i = 0; i < kSide; ++i) {
+      const int64_t y = y0 + i;
+      if (y < 0 || y >= p.H) {
+        for (int j = 0; j < kSide; ++j) d[i][j] = vf{};
+        continue;
+      }
+      const Between rows = between(y, h);
+      vf column[kStored];
+      for (int s = 0; s < kStored; ++s) {
+        const int64_t x = first + s < 0 ? 0 : first + s < w ? first + s : w - 1;
+        const vf lo = get(image + (rows.lo * w + x) * p.C, left);
+        column[s] = rows.share == 0.f ? lo : lo * (1.f - rows.share) + get(image + (rows.hi * w + x) * p.C, left) * rows.share;
+      }
+      for (int j = 0; j < kSide; ++j) {
+        const int64_t x = x0 + j;
+        const Between columns = between(x < 0 ? 0 : x, w);
+        const int lo = static_cast<int>(columns.lo - first), hi = static_cast<int>(columns.hi - first);
+        const bool there = x >= 0 && x < p.W;
+        d[i][j] = !there ? vf{} : columns.share == 0.f ? column[lo] : column[lo] * (1.f - columns.share) + column[hi] * columns.share;
+      }
+    }
   }
 
   // Tiles first .. last of the chunk that starts at tile t0.
@@ -141,19 +181,22 @@ struct WinogradPass {
       for (int i = 0; i < m; ++i)
         for (int j = 0; j < m; ++j) y[i][j] = activate<decltype(a)::value>(y[i][j], p.slope);
     });
-    S* const output = static_cast<S*>(p.output);
-    if (p.pool) {
-      for (int i = 0; i + 1 < rows; i += 2)
-        for (int j = 0; j + 1 < columns; j += 2) {
-          const vf top = larger(y[i][j], y[i][j + 1]), bottom = larger(y[i + 1][j], y[i + 1][j + 1]);
-          put(output + ((at.n * (OH / 2) + (at.y + i) / 2) * (OW / 2) + (at.x + j) / 2) * p.O + c, larger(top, bottom), left);
-        }
+    if (p.residual && p.residual_last) {
+      for (int i = 0; i < m; ++i)
+        for (int j = 0; j < m; ++j) y[i][j] += residual(i, j);
+    }
+    S* const output = static_cast<S*>(p.output) + c;
+    if (p.pool == Pool::none) {
+      for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < columns; ++j) put(output + ((at.n * OH + at.y + i) * OW + at.x + j) * p.out_stride, y[i][j], left);
       return;
     }
-    for (int i = 0; i < rows; ++i)
-      for (int j = 0; j < columns; ++j) {
-        if (p.residual && p.residual_last) y[i][j] += residual(i, j);
-        put(output + ((at.n * OH + at.y + i) * OW + at.x + j) * p.O + c, y[i][j], left);
+    for (int i = 0; i + 1 < rows; i += 2)
+      for (int j = 0; j + 1 < columns; j += 2) {
+        const vf(&top)[m] = y[i], (&bottom)[m] = y[i + 1];
+        const vf pooled = p.pool == Pool::average ? (top[j] + top[j + 1] + bottom[j] + bottom[j + 1]) * 0.25f
+                                                  : larger(larger(top[j], top[j + 1]), larger(bottom[j], bottom[j + 1]));
+        put(output + ((at.n * (OH / 2) + (at.y + i) / 2) * (OW / 2) + (at.x + j) / 2) * p.out_stride, pooled, left);
       }
   }
   // NaN where either is, as torch's max pooling has it.

@@ -8,22 +8,25 @@
 With `residual_last` the residual is added after the activation. Images are ``[N, C, H, W]`` in channels_last memory (others are copied),
 weight has input's dtype, bias is float32 (float64 for float64). Products are summed in float32, of operands that `tf32` lets a GPU round
 where images are float32; what is stored is rounded once. `moments` asks for [2, O] of the stored output, as `channel_moments` gives
-them; else an empty tensor. None is differentiable.
+them; else an empty tensor. With `pool`, 1 the maximum or 2 the average, conv_run's output is that of each whole 2x2 window of it (then
+without moments). None is differentiable.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyops import _library
-from pyops.ops import _activations, _channel_ops, _depthwise_ops, _vendor_conv, _winograd_ops
+from pyops.ops import _activations, _channel_ops, _depthwise_ops, _pool_ops, _vendor_conv, _winograd_ops
 from pyops.ops._vendor_conv import Conv
 
+MAXIMUM, AVERAGE = 1, 2
 _EPILOGUE = "int activation, float slope, bool residual_last, bool moments, bool tf32=False"
 
 
-def _finish(y: Tensor, input, bias, residual, activation, slope, residual_last, moments) -> tuple[Tensor, Tensor]:
+def _finish(y: Tensor, input, bias, residual, activation, slope, residual_last, moments, pool=0) -> tuple[Tensor, Tensor]:
     if bias is not None:
         y = y + bias[None, :, None, None]
     if residual is not None and not residual_last:
@@ -31,14 +34,16 @@ def _finish(y: Tensor, input, bias, residual, activation, slope, residual_last, 
     y = _activations.apply(y, activation, slope)
     if residual is not None and residual_last:
         y = y + residual
+    if pool:
+        y = F.max_pool2d(y, 2) if pool == MAXIMUM else F.avg_pool2d(y, 2)
     output = y.to(input.dtype).contiguous(memory_format=torch.channels_last)
     return output, _channel_ops._moments(output) if moments else _channel_ops.vector(output, 0)
 
 
-def _run(input, weight, bias, residual, stride, padding, dilation, groups, activation, slope, residual_last, moments, tf32=False):
+def _run(input, weight, bias, residual, stride, padding, dilation, groups, activation, slope, residual_last, moments, tf32=False, pool=0):
     kind = _channel_ops.vector_dtype(input.dtype)
     y = torch.conv2d(input.to(kind), weight.to(kind), None, stride, padding, dilation, groups)
-    return _finish(y, input, bias, residual, activation, slope, residual_last, moments)
+    return _finish(y, input, bias, residual, activation, slope, residual_last, moments, pool)
 
 
 def _transpose_run(
@@ -68,7 +73,8 @@ def smallest_transposed(size, kernel, stride, padding, dilation) -> list[int]:
 
 def _fake(input, weight, bias, residual, stride, padding, dilation, *options):
     size = _depthwise_ops.output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    return _results(input, weight.shape[0], size, options[4])
+    pool = len(options) > 6 and options[6] > 0
+    return _results(input, weight.shape[0], [n // 2 for n in size] if pool else size, options[4])
 
 
 def _fake_transpose(input, weight, bias, residual, stride, padding, output_size, dilation, groups, *options):
@@ -88,7 +94,7 @@ _OPERANDS = "Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] 
 _OVERLOADS = ("", "triton")
 _library.define(
     "conv_run",
-    f"({_OPERANDS}, int[] dilation, int groups, {_EPILOGUE}) -> (Tensor, Tensor)",
+    f"({_OPERANDS}, int[] dilation, int groups, {_EPILOGUE}, int pool=0) -> (Tensor, Tensor)",
     fake=_fake,
     reference=_run,
     overloads=_OVERLOADS,
@@ -131,7 +137,7 @@ for _name, _function in (("run", _triton_run), ("transpose_run", _triton_transpo
     _library.implement(f"conv_{_name}.triton", _function, "CUDA", "CPU")  # on the CPU under TRITON_INTERPRET=1
 
 
-def _on_cpu(input, weight, bias, residual, call: Conv, moments) -> tuple[Tensor, Tensor]:
+def _on_cpu(input, weight, bias, residual, call: Conv, moments, pool=0) -> tuple[Tensor, Tensor]:
     """3x3 filters by Winograd's method where that is faster, their points computed anew; others by PyTorch's engines."""
     pads = [2 - p for p in call.padding] if call.transposed else call.padding
     m = 0
@@ -141,17 +147,21 @@ def _on_cpu(input, weight, bias, residual, call: Conv, moments) -> tuple[Tensor,
     if m:
         points = torch.ops.pyops.winograd_pack.default(filter.flip(2, 3).float() if call.transposed else filter.float(), m)
         epilogue = (call.activation, call.slope, call.residual_last)
-        output = torch.ops.pyops.winograd_infer.default(input, points, bias, residual, filter.shape[0], *pads, *epilogue)
+        output = torch.ops.pyops.winograd_infer.default(input, points, bias, residual, filter.shape[0], *pads, *epilogue, pool)
     else:
         output = _vendor_conv.run(input, weight, bias, residual, call).contiguous(memory_format=torch.channels_last)
+        if pool:
+            output = _pool_ops.pooled(output, pool == MAXIMUM)
     if not moments:
         return output, _channel_ops.vector(output, 0)
     return output, (_channel_ops._moments if output.dtype == torch.float64 else torch.ops.pyops.channel_moments.default)(output)
 
 
-def _run_cpu(input, weight, bias, residual, stride, padding, dilation, groups, activation, slope, residual_last, moments, tf32=False):
+def _run_cpu(
+    input, weight, bias, residual, stride, padding, dilation, groups, activation, slope, residual_last, moments, tf32=False, pool=0
+):  # fmt: skip
     call = Conv(tuple(stride), tuple(padding), tuple(dilation), groups, None, activation, slope, residual_last)
-    return _on_cpu(input, weight, bias, residual, call, moments)
+    return _on_cpu(input, weight, bias, residual, call, moments, pool)
 
 
 def _transpose_run_cpu(

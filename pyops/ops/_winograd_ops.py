@@ -2,7 +2,9 @@
 
 pyops::winograd_pack   float32 filters [O, C, 3, 3] as the points of F(m x m, 3x3), [O/16, (m+2)^2, C, 16]; m is 4 or 2
 pyops::winograd_infer  activation(conv(input) + bias + residual), or with `residual_last` the residual after the activation; with `pool`
-                       the 2x2 maximum of that, without residual; not differentiable
+                       the maximum (1) or average (2) of each whole 2x2 window of that; with `upsample` of the input enlarged twice, each
+                       position repeated (1) or bilinear (2, `align_corners=False`); not differentiable
+pyops::winograd_into   activation(conv(input) + bias) into `out`, which may be a slice of a channels_last tensor's channels
 
 Images are [N, C, H, W] in channels_last memory (others are copied), bias is float32. Sums are in float32 whatever the images' dtype.
 """
@@ -24,8 +26,9 @@ _library.define(
 )
 
 
-def _fake(input, packed, bias, residual, out_channels, pad_h, pad_w, activation, slope, residual_last=False, pool=False):
+def _fake(input, packed, bias, residual, out_channels, pad_h, pad_w, activation, slope, residual_last=False, pool=0, upsample=0):
     N, _, H, W = input.shape
+    H, W = (2 * H, 2 * W) if upsample else (H, W)
     size = (H + 2 * pad_h - 2, W + 2 * pad_w - 2)
     return _channel_ops.image_like(input, N, out_channels, *(n // 2 if pool else n for n in size))
 
@@ -33,8 +36,13 @@ def _fake(input, packed, bias, residual, out_channels, pad_h, pad_w, activation,
 _library.define(
     "winograd_infer",
     "(Tensor input, Tensor packed, Tensor? bias, Tensor? residual, int out_channels, int pad_h, int pad_w, int activation, float slope, "
-    "bool residual_last=False, bool pool=False) -> Tensor",
+    "bool residual_last=False, int pool=0, int upsample=0) -> Tensor",
     fake=_fake,
+)
+_library.define(
+    "winograd_into",
+    "(Tensor(a!) out, Tensor input, Tensor packed, Tensor? bias, int pad_h, int pad_w, int activation, float slope) -> ()",
+    fake=lambda *_: None,
 )
 
 
