@@ -17,6 +17,18 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
+// What the C shim calls a dtype.
+inline int32_t shim_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return aoti_torch_dtype_float32();
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    case ScalarType::Byte: return aoti_torch_dtype_uint8();
+    default: STD_TORCH_CHECK(false, "pyops: unsupported dtype");
+  }
+}
+
 // A fresh contiguous tensor on `like`'s device; the C shim itself, since the boxed dispatcher call costs several times as much.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int64_t strides[8];
@@ -28,17 +40,9 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
   int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  int32_t shim_dtype;
-  switch (dtype) {
-    case ScalarType::Float: shim_dtype = aoti_torch_dtype_float32(); break;
-    case ScalarType::Double: shim_dtype = aoti_torch_dtype_float64(); break;
-    case ScalarType::BFloat16: shim_dtype = aoti_torch_dtype_bfloat16(); break;
-    case ScalarType::Half: shim_dtype = aoti_torch_dtype_float16(); break;
-    default: STD_TORCH_CHECK(false, "pyops: unsupported dtype");
-  }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, shim_dtype, device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, shim_dtype(dtype),
+                                                         device_type, device_index, &handle));
   return Tensor(handle);
 }
 

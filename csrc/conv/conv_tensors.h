@@ -30,15 +30,16 @@ struct ChannelsLast {
   }
 };
 
-inline Tensor empty_image(const Tensor& like, int64_t N, int64_t C, int64_t H, int64_t W) {
+// Of like's dtype, or of another.
+inline Tensor empty_image(const Tensor& like, int64_t N, int64_t C, int64_t H, int64_t W, std::optional<ScalarType> dtype = {}) {
   const int64_t sizes[4] = {N, C, H, W};
   const ChannelsLast layout(C, H, W);
-  int32_t device_type, device_index, dtype;
+  int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  const int32_t kind = shim_dtype(dtype.value_or(like.scalar_type()));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, layout.strides, dtype, device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, layout.strides, kind, device_type, device_index, &handle));
   return Tensor(handle);
 }
 
