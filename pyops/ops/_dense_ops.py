@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyops import _library
 from pyops.ops import _activations, _channel_ops, _depthwise_ops, _pool_ops, _vendor_conv, _winograd_ops
-from pyops.ops._vendor_conv import Conv
+from pyops.ops._vendor_conv import Conv, Pool
 
 MAXIMUM, AVERAGE = 1, 2
 _EPILOGUE = "int activation, float slope, bool residual_last, bool moments, bool tf32=False"
@@ -151,7 +151,7 @@ def _on_cpu(input, weight, bias, residual, call: Conv, moments, pool=0) -> tuple
     else:
         output = _vendor_conv.run(input, weight, bias, residual, call).contiguous(memory_format=torch.channels_last)
         if pool:
-            output = _pool_ops.pooled(output, pool == MAXIMUM)
+            output = _pool_ops.pooled(output, Pool(pool == MAXIMUM, (2, 2), (2, 2), (0, 0)))
     if not moments:
         return output, _channel_ops.vector(output, 0)
     return output, (_channel_ops._moments if output.dtype == torch.float64 else torch.ops.pyops.channel_moments.default)(output)

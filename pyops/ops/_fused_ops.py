@@ -24,13 +24,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyops import _library
-from pyops.ops import _activations, _channel_ops, _composed_ops, _conv_call, _dense_ops, _depthwise_ops, _groups, _pointwise_ops  # noqa: F401
+from pyops.ops import (  # noqa: F401  (registers the ops that `Kernels` looks up)
+    _activations,
+    _channel_ops,
+    _composed_ops,
+    _conv_call,
+    _dense_ops,
+    _depthwise_ops,
+    _groups,
+    _pointwise_ops,
+    _pool_ops,
+)
 from pyops.ops._channel_ops import image_like, vector
 
 _PARTS = (
     "channel_moments", "channel_apply", "channel_sums", "channel_reduce", "channel_grad", "channel_grad_",
     "depthwise_infer", "depthwise_bwd", "depthwise_after", "depthwise_after_bwd", "pointwise_run", "pointwise_back",
-    "conv_run", "conv_transpose_run", "conv_wgrad",
+    "conv_run", "conv_transpose_run", "conv_wgrad", "pool_run", "pool_reduce", "pool_grad",
 )  # fmt: skip
 _SMALL = ("channel_norm", "channel_affine", "channel_terms")  # whose default overload serves every backend
 

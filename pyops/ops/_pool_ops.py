@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyops import _library
 from pyops.ops import _activations, _channel_ops
+from pyops.ops._vendor_conv import Pool
 
 
 def output_size(size, kernel, stride, padding) -> tuple[int, ...]:
@@ -123,7 +124,7 @@ for _name in ("run", "reduce", "grad"):
     _library.implement(f"pool_{_name}.triton", _triton(_name), "CUDA", "CPU")  # on the CPU under TRITON_INTERPRET=1
 
 
-def pooled(input: Tensor, maximum: bool) -> Tensor:
-    """The maximum or average of whole 2x2 windows."""
+def pooled(input: Tensor, pool: Pool) -> Tensor:
+    """Pooling alone, without gradients."""
     op = _run if input.dtype == torch.float64 else torch.ops.pyops.pool_run.default
-    return op(input, None, maximum, [2, 2], [2, 2], [0, 0], 0, 0.0, False)[0]
+    return op(input, None, pool.maximum, pool.kernel, pool.stride, pool.padding, 0, 0.0, False)[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyops.ops import _activations, _conv_call
@@ -15,8 +16,26 @@ from pyops.ops import _activations, _conv_call
 _onednn: Any = torch.ops.mkldnn
 
 
+class Pool(NamedTuple):
+    """The maximum or the average over windows of an image."""
+
+    maximum: bool
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+    @property
+    def in_kernel(self) -> int:
+        """The number that convolution kernels have for it; 0: they have none."""
+        plain = self.kernel == self.stride == (2, 2) and self.padding == (0, 0)
+        return (1 if self.maximum else 2) if plain else 0
+
+
+UPSAMPLINGS = (None, "nearest", "bilinear")  # in the order of csrc/conv/winograd.h's Upsample
+
+
 class Conv(NamedTuple):
-    """A convolution's numbers, one per spatial dimension, and its epilogue's."""
+    """A convolution's numbers, one per spatial dimension, and what comes before and after it."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -26,6 +45,8 @@ class Conv(NamedTuple):
     activation: int = 0
     slope: float = 0.0
     residual_last: bool = False
+    upsample: int = 0  # of UPSAMPLINGS: the convolution's input is the given one enlarged twice
+    pool: Pool | None = None  # of what is finished
 
     @property
     def transposed(self) -> bool:
@@ -45,6 +66,25 @@ def finish(y: Tensor, residual: Tensor | None, call: Conv) -> Tensor:
         y = y + residual
     y = _activations.apply(y, call.activation, call.slope)
     return y + residual if residual is not None and call.residual_last else y
+
+
+def enlarge(input: Tensor, call: Conv) -> Tensor:
+    """The image that the convolution sees, differentiable."""
+    return F.interpolate(input, scale_factor=2, mode=str(UPSAMPLINGS[call.upsample])) if call.upsample else input
+
+
+def pool(y: Tensor, call: Conv) -> Tensor:
+    """What pooling makes of the finished image, differentiable."""
+    return y if call.pool is None else pool_by(y, call.pool)
+
+
+def pool_by(y: Tensor, pool: Pool) -> Tensor:
+    return (F.max_pool2d if pool.maximum else F.avg_pool2d)(y, *pool[1:])
+
+
+def seen(shape, call: Conv) -> tuple[int, ...]:
+    """The shape of the image that the convolution sees."""
+    return (*shape[:2], *(2 * n for n in shape[2:])) if call.upsample else tuple(shape)
 
 
 _POST_OPS: dict[str, tuple[str, list]] = {  # ours -> oneDNN's, as ATen names them
@@ -85,9 +125,10 @@ def keep(weight: Tensor, input: Tensor, call: Conv) -> Tensor:
     weight = weight.to(input.dtype)
     if fused_by(input, call) is None or not hasattr(_onednn, "_reorder_convolution_weight") or input.dim() != 4:
         return weight
+    shape = seen(input.shape, call)
     if is_pointwise(weight, call):  # as a linear layer: the call costs half as much
-        return _onednn._reorder_linear_weight(weight.flatten(1), input.numel() // input.shape[1])
-    return _onednn._reorder_convolution_weight(weight, call.padding, call.stride, call.dilation, call.groups, list(input.shape))
+        return _onednn._reorder_linear_weight(weight.flatten(1), shape[0] * shape[2] * shape[3])
+    return _onednn._reorder_convolution_weight(weight, call.padding, call.stride, call.dilation, call.groups, list(shape))
 
 
 def run(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, call: Conv) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyops.ops import _conv_checks, _pool_ops
 from pyops.ops._activations import NAMES
 from pyops.ops.conv_bn_act import conv_bn_act, conv_transpose_bn_act
 from pyops.testing.registry import ErrorCase, OpSpec, Sample, register
@@ -46,10 +47,12 @@ def arguments(size, outputs, kernel, dtype, device, seed=0, *, transposed=False,
 
 
 def output_size(input: Tensor, weight: Tensor, *_, transposed=False, **options) -> tuple[int, ...]:
+    """Of what the convolution gives."""
     names = ("stride", "padding", "dilation", "groups", *(("output_padding",) if transposed else ()))
     given = {name: options[name] for name in names if name in options}
+    times = 2 if options.get("upsample") else 1
     with torch.device("meta"):
-        x, w = torch.empty(input.shape), torch.empty(weight.shape)
+        x, w = torch.empty(*input.shape[:2], *(times * n for n in input.shape[2:])), torch.empty(weight.shape)
         kinds = nn.functional.conv_transpose1d, nn.functional.conv_transpose2d, nn.functional.conv_transpose3d
         plain = nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d
         return tuple((kinds if transposed else plain)[input.dim() - 3](x, w, **given).shape)
@@ -100,6 +103,23 @@ SAMPLES = (
     _sample("training_residual", IMAGE, 10, 3, padding=1, training=True, residual=True, **BLOCK),
     _sample("training_last", IMAGE, 10, 3, padding=1, training=True, residual=True, residual_last=True, **BLOCK),
     _sample("training_groups", IMAGE, 10, 3, padding=1, groups=2, training=True, **BLOCK),
+    _sample("pool_max", IMAGE, 10, 3, padding=1, pool="max", **BLOCK),
+    _sample("pool_average", IMAGE, 10, 3, padding=1, pool="average", **BLOCK),
+    _sample("pool_stem", (2, 3, 15, 14), 12, 7, padding=3, stride=2, pool="max", pool_size=3, pool_stride=2, pool_padding=1, **BLOCK),
+    _sample("pool_wide", (2, 20, 9, 10), 18, 3, padding=1, pool="max", residual=True, **BLOCK),
+    _sample("pool_gelu", IMAGE, 10, 3, padding=1, pool="average", pool_size=(3, 2), pool_stride=(1, 2), activation="gelu"),
+    _sample("pool_last", IMAGE, 10, 3, padding=1, pool="max", residual=True, residual_last=True, **BLOCK),
+    _sample("pool_training", IMAGE, 10, 3, padding=1, pool="max", training=True, **BLOCK),
+    _sample("pool_training_average", IMAGE, 10, 3, padding=1, pool="average", training=True, **BLOCK),
+    _sample("pool_training_residual", IMAGE, 10, 3, padding=1, pool="max", training=True, residual=True, **BLOCK),
+    _sample("nearest", IMAGE, 10, 3, padding=1, upsample="nearest", **BLOCK),
+    _sample("nearest_wide", (2, 20, 9, 10), 18, 3, padding=1, upsample="nearest", pool="average", **BLOCK),
+    _sample("nearest_groups", IMAGE, 10, 5, padding=1, groups=2, upsample="nearest", activation="silu"),
+    _sample("nearest_stride", IMAGE, 10, 3, padding=3, stride=2, upsample="nearest", residual=True, **BLOCK),
+    _sample("nearest_training", IMAGE, 10, 3, padding=1, upsample="nearest", training=True, **BLOCK),
+    _sample("bilinear", IMAGE, 10, 3, padding=1, upsample="bilinear", pool="max", **BLOCK),
+    _sample("bilinear_wide", (2, 20, 9, 10), 18, 3, padding=1, upsample="bilinear", **BLOCK),
+    _sample("bilinear_training", IMAGE, 10, 3, padding=1, upsample="bilinear", training=True, **BLOCK),
     _sample("nchw", IMAGE, 10, 3, padding=1, layout="contiguous", **BLOCK),
     _sample("strided", IMAGE, 10, 3, padding=1, layout="strided", activation="silu"),
     _sample("expanded", IMAGE, 10, 3, padding=1, layout="expanded", activation="silu"),
@@ -154,6 +174,14 @@ ERRORS = (
     _case("padding_same_stride", ValueError, '"same" needs stride 1', padding="same", stride=2),
     _case("residual_shape", ValueError, r"residual: expected shape \(2, 10, 9, 8\)", residual=z(2, 10, 9, 7)),
     _case("activation", ValueError, "activation: expected one of none, relu.*got 'swish'", activation="swish"),
+    _case("upsample", ValueError, 'upsample: expected None, "nearest" or "bilinear", got 2', upsample=2),
+    _case("upsample_rank", ValueError, "upsample: enlarges images of two", input=z(2, 6, 9), weight=z(10, 6, 3), upsample="nearest"),
+    _case("pool", ValueError, 'pool: expected None, "max" or "average", got \'avg\'', pool="avg"),
+    _case("pool_rank", ValueError, "pool: pools images of two spatial", input=z(2, 6, 9), weight=z(10, 6, 3), pool="max"),
+    _case("pool_size", ValueError, r"pool_size: windows of \(10, 10\) are larger", pool="max", pool_size=10),
+    _case("pool_size_kind", TypeError, "pool_size: expected an int or 2 ints, got 1.5", pool="max", pool_size=1.5),
+    _case("pool_stride", ValueError, "pool_stride: expected 1 or more, got 0", pool="max", pool_stride=0),
+    _case("pool_padding", ValueError, r"pool_padding: expected at most half of pool_size \(2, 2\)", pool="max", pool_padding=2),
     _case("running_mean_alone", ValueError, "running_mean, running_var: expected both or neither", running_mean=z(10)),
     _case("bn_weight_alone", ValueError, "bn_weight: batch norm needs running_mean", bn_weight=z(10)),
     _case("one_value", ValueError, "expected more than 1 value per channel", input=z(1, 6, 1, 1), training=True),
@@ -162,22 +190,43 @@ ERRORS = (
 
 
 def flops(input, weight, *_, transposed=False, **options) -> int:
+    """Of the convolution; upsampling by repetition leaves 3x3 filters 4 products of 9."""
     size = input.shape if transposed else output_size(input, weight, **options)
     return 2 * size[0] * math.prod(size[2:]) * weight.numel()
 
 
 def minimal_bytes(input, weight, *_, transposed=False, residual=None, **options) -> int:
     """Input, weight and residual read once, output written once."""
-    output = math.prod(output_size(input, weight, transposed=transposed, **options))
-    return input.element_size() * (input.numel() + weight.numel() + output * (1 if residual is None else 2))
+    N, O, *size = output_size(input, weight, transposed=transposed, **options)
+    finished = math.prod(size)
+    if options.get("pool"):
+        pool = _conv_checks.pooling("", options["pool"], *(options.get(name, d) for name, d in POOL_DEFAULTS), rank=2)
+        size = _pool_ops.output_size(size, *pool[1:])
+    values = N * O * (math.prod(size) + (0 if residual is None else finished))
+    return input.element_size() * (input.numel() + weight.numel() + values)
 
+
+POOL_DEFAULTS = (("pool_size", 2), ("pool_stride", None), ("pool_padding", 0))
 
 register(
     OpSpec(
         name="conv_bn_act",
         public=conv_bn_act,
         family="conv",
-        ops=("conv_run", "conv_wgrad", "conv_train_fwd", "conv_train_bwd", "winograd_pack", "winograd_infer"),
+        ops=(
+            "conv_run",
+            "conv_wgrad",
+            "conv_train_fwd",
+            "conv_train_bwd",
+            "winograd_pack",
+            "winograd_infer",
+            "winograd_into",
+            "pool_run",
+            "pool_reduce",
+            "pool_grad",
+            "batch_norm_act_pool_fwd",
+            "batch_norm_act_pool_bwd",
+        ),
         samples=SAMPLES,
         errors=ERRORS,
         flops=flops,
