@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import pyops
-from pyops.nn import ConvBNAct, DropPath, MBConv, SqueezeExcitation
+from pyops.nn import ConvBNAct, DropPath, MBConv, SqueezeExcitation, UpsampleConvBNAct
 from pyops.testing import relative_error, within_gate
 
 
@@ -54,6 +54,15 @@ BLOCKS = {
     "depthwise": (lambda *a, **k: ConvBNAct(20, 20, 3, groups=20, activation="silu", **k), (), 9),
     "depthwise_dilated": (lambda *a, **k: ConvBNAct(20, 20, 3, 1, groups=20, dilation=2, activation=None, **k), (), 9),
     "pointwise": (lambda *a, **k: ConvBNAct(20, 28, 1, **k), (), 9),
+    "stem": (lambda *a, **k: ConvBNAct(3, 24, 7, 2, pool=nn.MaxPool2d(3, 2, 1), **k), (), 21),
+    "max_pool": (lambda *a, **k: ConvBNAct(12, 18, 3, activation="leaky_relu", pool=nn.MaxPool2d(2), **k), (), 12),
+    "average_pool": (lambda *a, **k: ConvBNAct(12, 18, 3, activation="silu", pool=nn.AvgPool2d(2), **k), (), 13),
+    "pool_ceil": (lambda *a, **k: ConvBNAct(12, 18, 3, pool=nn.MaxPool2d(2, ceil_mode=True), **k), (), 12),
+    "depthwise_pool": (lambda *a, **k: ConvBNAct(20, 20, 3, groups=20, pool=nn.AvgPool2d((3, 2), 1, 1), **k), (), 9),
+    "pointwise_pool": (lambda *a, **k: ConvBNAct(20, 28, 1, activation=None, pool=nn.AvgPool2d(3, 2, 1), **k), (), 9),
+    "nearest": (lambda *a, **k: UpsampleConvBNAct(12, 18, **k), (), 6),
+    "bilinear": (lambda *a, **k: UpsampleConvBNAct(12, 18, mode="bilinear", activation="gelu", **k), (), 6),
+    "bilinear_pool": (lambda *a, **k: UpsampleConvBNAct(5, 7, 5, mode="bilinear", pool=nn.MaxPool2d(3, 2), **k), (), 5),
     "grouped": (lambda *a, **k: ConvBNAct(20, 40, 3, 2, groups=4, activation="gelu", **k), (), 9),
 }
 every_block = pytest.mark.parametrize("name", list(BLOCKS))

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyops
 from pyops import _library
-from pyops.nn import ConvBNAct, FusedMBConv, MBConv, SqueezeExcitation
+from pyops.nn import ConvBNAct, FusedMBConv, MBConv, SqueezeExcitation, UpsampleConvBNAct
 
 from .conftest import assert_gate
 from .two_processes import image, step
@@ -29,6 +29,10 @@ BLOCKS = {
     "pointwise": (lambda: ConvBNAct(16, 24, 1, activation="hardswish", backend=OWN), (4, 16, 9, 8)),
     "depthwise": (lambda: ConvBNAct(16, 16, 3, 2, groups=16), (4, 16, 9, 8)),
     "dense": (lambda: ConvBNAct(16, 24, 3, 2, backend=OWN), (4, 16, 9, 8)),
+    "max_pool": (lambda: ConvBNAct(16, 24, 3, pool=torch.nn.MaxPool2d(3, 2, 1)), (4, 16, 9, 8)),
+    "average_pool": (lambda: ConvBNAct(16, 24, 1, activation="gelu", pool=torch.nn.AvgPool2d(2)), (4, 16, 9, 8)),
+    "nearest": (lambda: UpsampleConvBNAct(12, 14, backend=OWN), (4, 12, 5, 4)),
+    "bilinear": (lambda: UpsampleConvBNAct(12, 14, mode="bilinear", pool=torch.nn.MaxPool2d(2)), (4, 12, 5, 4)),
     "squeeze": (lambda: SqueezeExcitation(16, 4), (4, 16, 9, 8)),
 }
 blocks = pytest.mark.parametrize("name", BLOCKS)

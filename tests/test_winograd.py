@@ -26,18 +26,19 @@ def draw(N, C, H, W, O, dtype=torch.float32, seed=0):
     return image, rand(O, C, 3, 3) * (9 * C) ** -0.5, rand(O)
 
 
-def infer(x, weight, bias, m, padding=(1, 1), activation="none", residual=None, residual_last=False, pool=False):
+def infer(x, weight, bias, m, padding=(1, 1), activation="none", residual=None, residual_last=False, pool=0, upsample=0):
     points = torch.ops.pyops.winograd_pack(weight, m)
-    options = (_activations.NAMES.index(activation), 0.01, residual_last, pool)
+    options = (_activations.NAMES.index(activation), 0.01, residual_last, pool, upsample)
     return torch.ops.pyops.winograd_infer(x, points, bias, residual, weight.shape[0], *padding, *options)
 
 
-def truth(x, weight, bias, padding=(1, 1), activation="none", residual=None, residual_last=False, pool=False):
+def truth(x, weight, bias, padding=(1, 1), activation="none", residual=None, residual_last=False, pool=0, upsample=0):
+    x = F.interpolate(x.double(), scale_factor=2, mode=(None, "nearest", "bilinear")[upsample]) if upsample else x
     y = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), 1, padding)
     y = y if residual is None or residual_last else y + residual.double()
     y = _activations.REFERENCE[activation](y, 0.01)
     y = y + residual.double() if residual is not None and residual_last else y
-    return F.max_pool2d(y, 2) if pool else y
+    return (None, F.max_pool2d, F.avg_pool2d)[pool](y, 2) if pool else y
 
 
 SHAPES = (
@@ -90,11 +91,44 @@ def test_every_edge_of_a_tile(size, m):
 def test_epilogue(activation, m):
     x, weight, bias = draw(2, 20, 9, 10, 24)
     residual = torch.randn(2, 24, 9, 10).contiguous(memory_format=torch.channels_last)
-    for options in (dict(residual=residual), dict(residual=residual, residual_last=True), dict(pool=True), {}):
+    ways = (dict(residual=residual), dict(residual=residual, residual_last=True), {})
+    for options in (*ways, *(dict(way, pool=1 + i % 2) for i, way in enumerate(ways))):
         found, y64 = (call(x, weight, bias, *n, activation=activation, **options) for call, n in ((infer, (m,)), (truth, ())))
         assert found.shape == y64.shape and found.is_contiguous(memory_format=torch.channels_last)
         assert relative_error([(found, y64)]) <= BOUND
     assert relative_error([(infer(x, weight, None, m), truth(x, weight, None))]) <= BOUND
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, BOUND), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("upsample", [1, 2], ids=["nearest", "bilinear"])
+@pytest.mark.parametrize("m", [4, 2])
+def test_enlarged_input(m, upsample, dtype, bound):
+    for (H, W), padding, pool in (((7, 9), (1, 1), 0), ((4, 3), (0, 2), 2), ((1, 2), (2, 1), 1), ((8, 16), (1, 0), 1), ((5, 5), (9, 7), 0)):
+        x, weight, bias = draw(2, 20, H, W, 33, dtype)
+        found, y64 = (call(x, weight, bias, *n, padding, pool=pool, upsample=upsample) for call, n in ((infer, (m,)), (truth, ())))
+        assert found.shape == y64.shape and relative_error([(found, y64)]) <= bound
+
+
+def test_enlarged_infinities_are_torchs():
+    x, weight, bias = draw(1, 16, 5, 5, 16)
+    weight = torch.zeros_like(weight)
+    weight[:, :, 1, 1] = 1.0
+    x[0, 3, 2, 2] = float("inf")
+    found, y64 = infer(x, weight, bias, 2, upsample=2), truth(x, weight, bias, upsample=2)
+    assert not found[y64.isfinite()].isposinf().any() and not found[y64.isposinf()].isfinite().any()
+
+
+@pytest.mark.parametrize("m", [4, 2])
+def test_into_a_slice(m):
+    x, weight, bias = draw(2, 20, 7, 9, 18)
+    wide = torch.full((2, 40, 7, 9), 7.0).contiguous(memory_format=torch.channels_last)
+    points = torch.ops.pyops.winograd_pack(weight, m)
+    torch.ops.pyops.winograd_into(wide[:, 11:29], x, points, bias, 1, 1, 1, 0.0)
+    assert torch.equal(wide[:, 11:29], infer(x, weight, bias, m, activation="relu"))
+    assert (wide[:, :11] == 7).all() and (wide[:, 29:] == 7).all()
+    for out in (wide[:, :17], wide[:, :18, :6], torch.zeros(2, 18, 7, 9), wide[:, :18].double()):
+        with pytest.raises(RuntimeError, match="out|bias"):
+            torch.ops.pyops.winograd_into(out, x, points, bias, 1, 1, 1, 0.0)
 
 
 def test_nan_stays_where_it_is():
@@ -103,7 +137,7 @@ def test_nan_stays_where_it_is():
     x[0, 3, 9, 9] = float("nan")
     bad = infer(x, weight, bias, 4).isnan().any(1)[0]
     assert bad[8:11, 8:11].all() and not bad[:8].any() and not bad[:, :8].any() and not bad[12:].any()
-    assert infer(x, weight, bias, 4, pool=True).isnan().any(1)[0, 4:6, 4:6].all()
+    assert infer(x, weight, bias, 4, pool=1).isnan().any(1)[0, 4:6, 4:6].all()
 
 
 def test_same_bits_and_any_thread_count():
@@ -133,8 +167,11 @@ def test_opcheck():
     x, weight, bias = draw(2, 5, 6, 7, 18)
     torch.library.opcheck(torch.ops.pyops.winograd_pack.default, (weight, 4))
     points = torch.ops.pyops.winograd_pack(weight, 2)
-    for pool in (False, True):
-        torch.library.opcheck(torch.ops.pyops.winograd_infer.default, (x, points, bias, None, 18, 1, 1, 1, 0.0, False, int(pool)))
+    for pool, upsample in ((0, 0), (1, 0), (2, 2)):
+        torch.library.opcheck(torch.ops.pyops.winograd_infer.default, (x, points, bias, None, 18, 1, 1, 1, 0.0, False, pool, upsample))
+    torch.library.opcheck(
+        torch.ops.pyops.winograd_into.default, (torch.zeros_like(infer(x, weight, bias, 2)), x, points, bias, 1, 1, 1, 0.0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,13 +245,30 @@ def test_gradients():
 
 
 def test_modules_remember_so_many_shapes():
-    from pyops.ops.conv_bn_act import MOST_PLANS
+    from pyops.ops._conv_run import MOST_PLANS
 
     block = pyops.nn.ConvBNAct(16, 16, 3).eval()
     with torch.no_grad():
         for size in range(5, 5 + 2 * MOST_PLANS):
             block(torch.randn(1, 16, size, 4))
     assert len(block.folded().kept["plans"]) <= MOST_PLANS
+
+
+@pytest.mark.parametrize("mode", [None, "nearest", "bilinear"])
+@pytest.mark.parametrize("pool", [None, torch.nn.MaxPool2d(2), torch.nn.AvgPool2d(2), torch.nn.MaxPool2d(3, 2, 1)], ids=str)
+def test_blocks_around_the_convolution(mode, pool, monkeypatch):
+    torch.manual_seed(0)
+    options = dict(pool=pool)
+    block = pyops.nn.ConvBNAct(64, 64, **options) if mode is None else pyops.nn.UpsampleConvBNAct(64, 64, mode=mode, **options)
+    x = draw(1, 64, 28, 28, 64)[0]
+    calls = []
+    run = torch.ops.pyops.winograd_infer.default
+    monkeypatch.setattr(torch.ops.pyops.winograd_infer, "default", lambda *args: calls.append(args) or run(*args))
+    with torch.no_grad():
+        found = block.eval()(x)
+        expected = torch.nn.Sequential.forward(block.double(), x.double())
+    assert found.shape == expected.shape and relative_error([(found, expected)]) <= BOUND
+    assert len(calls) == 1 and calls[0][0].shape == x.shape  # nothing was enlarged before
 
 
 def test_modules_keep_the_filters(monkeypatch):
@@ -251,7 +305,7 @@ for m in (4, 2):
         x, weight, bias = draw(*shape)
         assert relative_error([(infer(x, weight, bias, m), truth(x, weight, bias))]) <= BOUND, (m, shape)
 x, weight, bias = draw(2, 40, 11, 10, 50, torch.bfloat16)
-assert relative_error([(infer(x, weight, bias, 4, pool=True), truth(x, weight, bias, pool=True))]) <= 4e-3
+assert relative_error([(infer(x, weight, bias, 4, pool=1), truth(x, weight, bias, pool=1))]) <= 4e-3
 """
 
 

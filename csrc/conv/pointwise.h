@@ -23,6 +23,7 @@ struct Pointwise {
   Activation input_activation, activation;
   float input_slope, slope;                         // leaky_relu's
   bool tf32;                                        // f32 images on a GPU: tensor cores may round operands to tf32
+  bool packed;                                      // f32 on a CPU: weight is [O/16][C][16], zeros beyond O
   const void *input, *weight, *residual;            // weight [O, C]
   const float *rows, *affine, *gate, *bias, *keep;  // any may be null
   void* output;

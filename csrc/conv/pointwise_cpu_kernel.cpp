@@ -1,8 +1,8 @@
 // 1x1 convolution on the CPU (pointwise.h says what it computes), compiled once per instruction set.
 //
-// Weights are packed at every call into blocks [C][16]. Tiles of 64 positions: the tile's rows go through what comes before the product
-// into L2 (float32 rows that need nothing are read where they lie), then every panel of up to four blocks is multiplied into an L1
-// buffer [64][64], finished there and stored. bfloat16 pairs are multiplied as they are where the machine can.
+// Weights are packed at every call into blocks [C][16], where they do not come so. Tiles of 64 positions: the tile's rows go through what
+// comes before the product into L2 (float32 rows that need nothing are read where they lie), then every panel of up to four blocks is
+// multiplied into an L1 buffer [64][64], finished there and stored. bfloat16 pairs are multiplied as they are where the machine can.
 // Moments: of each tile's columns in float, merged by Chan's formula in double, tile by tile and chunk by chunk.
 // Floors: 2*M*C*O flops; input and output over memory bandwidth.
 #include "pointwise_cpu.h"
@@ -24,9 +24,10 @@ struct PointwisePass {
   const PointwisePlan plan;
   const int64_t M, lanes, blocks, ld;
   const bool staged;
-  float* weights = nullptr;   // [blocks][lanes][16]
-  float* bias = nullptr;      // [blocks * 16]
-  double* moments = nullptr;  // [chunks][2][blocks * 16]
+  const float* weights = nullptr;  // [blocks][lanes][16]
+  float* room = nullptr;           // for them
+  float* bias = nullptr;           // [blocks * 16]
+  double* moments = nullptr;       // [chunks][2][blocks * 16]
   char* members = nullptr;
   size_t member_bytes = 0;
   struct Member {
@@ -57,7 +58,8 @@ struct PointwisePass {
     return member(to);
   }
   void lay_out(Layout& at) {
-    weights = at.take<float>(blocks * lanes * kBlock);
+    room = at.take<float>(p.packed ? 0 : blocks * lanes * kBlock);
+    weights = p.packed ? static_cast<const float*>(p.weight) : room;
     bias = at.take<float>(blocks * kBlock);
     moments = at.take<double>(p.moments ? plan.chunks * 2 * blocks * kBlock : 0);
     Layout one{nullptr};
@@ -67,18 +69,19 @@ struct PointwisePass {
   }
 
   void pack(const Team& team) const {
+    pack_bias(team, DType::f32, p.bias, p.O, bias);
+    if (p.packed) return;
     with_storage(p.weight_dtype, [&](auto s) {
       using W = decltype(s);
       for (int64_t block = team.rank; block < blocks; block += team.size) {
         const W* rows[16];
         for (int64_t i = 0; i < 16; ++i)
           rows[i] = block * 16 + i < p.O ? static_cast<const W*>(p.weight) + (block * 16 + i) * p.C : nullptr;
-        E* to = reinterpret_cast<E*>(weights + block * lanes * kBlock);
+        E* to = reinterpret_cast<E*>(room + block * lanes * kBlock);
         if constexpr (std::is_same_v<W, E> || sizeof(E) == 4) pack_rows<16>(rows, 0, p.C, p.C, to);
         else pack_rounded(rows, to);
       }
     });
-    pack_bias(team, DType::f32, p.bias, p.O, bias);
   }
   template <class W>
   void pack_rounded(const W* const (&rows)[16], E* to) const {  // float weights of a 16-bit product

@@ -9,6 +9,7 @@ namespace pyops::conv {
 namespace {
 
 struct PointwiseCudaEngine {
+  static constexpr bool kPacked = false;
   static void run(const Pointwise& p, const Tensor& input) {
     const DeviceGuard guard(input.get_device_index());
     const Tensor workspace = scratch(input, pointwise_workspace(p));

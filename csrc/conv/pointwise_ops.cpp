@@ -6,6 +6,7 @@ namespace pyops::conv {
 namespace {
 
 struct PointwiseCpuEngine {
+  static constexpr bool kPacked = true;
   static void run(const Pointwise& p, const Tensor&) { pointwise_cpu(p); }
 };
 

@@ -1,5 +1,5 @@
 // The torch face of the 1x1 convolution, on any device: checks tensors, allocates results and fills pointwise.h's parameter block.
-// An Engine runs it: run(p, input), where input is a tensor on the device of the call.
+// An Engine runs it: run(p, input), where input is a tensor on the device of the call; kPacked: it takes packed weights.
 #pragma once
 #include "conv/channel_tensors.h"
 #include "conv/pointwise.h"
@@ -15,11 +15,14 @@ void pointwise_fill(Pointwise& p, Tensor& output, const Tensor& input_, const Te
                     const MaybeTensor& bias_, const MaybeTensor& keep_, const MaybeTensor& residual_, int64_t activation, double slope) {
   STD_TORCH_CHECK(input_.dim() == 4, "input: expected [N, C, H, W]");
   p.N = input_.size(0), p.C = input_.size(1), p.P = input_.size(2) * input_.size(3);
-  STD_TORCH_CHECK(weight_.dim() == 2 && weight_.size(1) == p.C && weight_.device() == input_.device(), "weight: expected [O, ", p.C,
-                  "] on input's device");
+  p.packed = Engine::kPacked && weight_.dim() == 3;
+  STD_TORCH_CHECK(weight_.dim() == (p.packed ? 3 : 2) && weight_.size(1) == p.C && weight_.device() == input_.device(),
+                  "weight: expected [O, ", p.C, "] on input's device");
   STD_TORCH_CHECK(weight_.scalar_type() == input_.scalar_type() || weight_.scalar_type() == ScalarType::Float,
                   "weight: expected input's dtype or float32");
-  p.O = weight_.size(0);
+  p.O = p.packed ? output.size(1) : weight_.size(0);
+  STD_TORCH_CHECK(!p.packed || (weight_.size(0) == (p.O + 15) / 16 && weight_.size(2) == 16 && input_.scalar_type() == ScalarType::Float),
+                  "weight: packed weights are [O/16, C, 16], for float32 images");
   STD_TORCH_CHECK(p.C >= 1 && p.O >= 1, "weight: expected at least one input and one output channel");
   p.dtype = dtype_of("input", input_), p.weight_dtype = dtype_of("weight", weight_);
   p.input_activation = activation_of("input_activation", input_activation), p.input_slope = static_cast<float>(input_slope);

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pyops import _backends
-from pyops.ops import _activations, _conv_call, _depthwise_ops, _groups, conv_bn_act
+from pyops.ops import _activations, _conv_call, _conv_run, _depthwise_ops, _groups, _vendor_conv
 from pyops.ops._fused_ops import KERNELS, Kernels
-from pyops.ops._vendor_conv import Conv
+from pyops.ops._vendor_conv import Conv, Pool
 from pyops.ops.batch_norm_act import constant_statistics, statistics_of
 
 
@@ -42,12 +42,12 @@ def kernels_for(backend: str | None, input: Tensor) -> Kernels | None:
     return None if name == "eager" else KERNELS[_conv_call.overload(name)]
 
 
-def gains(conv: nn.Conv2d, backend: str | None, input: Tensor) -> bool:
-    """Whether a convolution alone trains sooner on the kernels than on PyTorch's layers. On a CPU that is so of depthwise and of Winograd
-    convolutions; others took 0.9 to 1.05 of PyTorch's time (2 cores of Zen 4)."""
-    if not input.is_cpu or is_depthwise(conv) or _backends.requested(backend) != "auto":
+def gains(parts: Any, backend: str | None, input: Tensor) -> bool:
+    """Whether a convolution block alone trains sooner on the kernels than on PyTorch's layers. On a CPU that is so of depthwise and of
+    Winograd convolutions and of those with pooling; others took 0.9 to 1.05 of PyTorch's time (2 cores of Zen 4)."""
+    if not input.is_cpu or is_depthwise(parts.conv) or parts.pool is not None or _backends.requested(backend) != "auto":
         return True
-    return conv_bn_act.winograd(input, conv.weight, shape_of(conv)) > 0
+    return _conv_run.winograd(input, parts.conv.weight, shape_of(parts.conv)._replace(upsample=parts.upsample)) > 0
 
 
 def is_pointwise(conv: nn.Conv2d) -> bool:
@@ -59,12 +59,14 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
     return conv.groups == conv.in_channels == conv.out_channels
 
 
-def convolve(k: Kernels, conv: Any, norm: Any, activation: str, input: Pending, gates: Gates | None = None) -> Pending:
-    """conv of the finished `input`, with its own batch norm and activation pending."""
+def convolve(k: Kernels, conv: Any, norm: Any, activation: str, input: Pending, gates: Gates | None = None, upsample: int = 0) -> Pending:
+    """conv of the finished `input`, perhaps enlarged, with its own batch norm and activation pending."""
     image, *before = input
     statistics, weight, bias, number, group = before
     filter = conv.weight.to(image.dtype)
-    if is_pointwise(conv):
+    if upsample:
+        output, moments = _convolve_dense(k, conv, finish(k, input), filter, upsample)
+    elif is_pointwise(conv):
         gates = gates or Gates()
         place = (statistics, weight, bias, *gates.layers, number, 0.01, gates.activation, gates.gate_activation, group)
         output, moments, _ = k.pointwise_train_fwd(image, filter.flatten(1), *place)
@@ -83,12 +85,14 @@ def shape_of(conv: Any) -> Conv:
     return Conv(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def _convolve_dense(k: Kernels, conv: Any, image: Tensor, filter: Tensor) -> tuple[Tensor, Tensor]:
-    size = _depthwise_ops.output_size(image.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+def _convolve_dense(k: Kernels, conv: Any, image: Tensor, filter: Tensor, upsample: int = 0) -> tuple[Tensor, Tensor]:
+    call = shape_of(conv)._replace(upsample=upsample)
+    seen = _vendor_conv.seen(image.shape, call)
+    size = _depthwise_ops.output_size(seen[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation)
     if min(size) < 1:
         raise ValueError(f"ConvBNAct: input: {tuple(image.shape[2:])} is too small for {conv}")
     on_gpu = not image.is_cpu or k is KERNELS["triton"]
-    output, moments = conv_bn_act.convolve(k, image, filter, None, shape_of(conv), size, moments=True, dense=on_gpu)
+    output, moments = _conv_run.convolve(k, image, filter, None, call, size, moments=True, dense=on_gpu)
     return output, k.channel_moments(output.detach()) if moments is None else moments
 
 
@@ -98,6 +102,16 @@ def finish(k: Kernels, pending: Pending, keep: Tensor | None = None, residual: T
     if norm is None:
         return image
     return k.batch_norm_act_fwd(image, norm, weight, bias, keep, residual, activation, 0.01, group)
+
+
+def finish_pooled(k: Kernels, pending: Pending, pool: Pool | None) -> Tensor:
+    """``pool(activation(batch_norm(image)))``"""
+    image, norm, weight, bias, activation, group = pending
+    if pool is None:
+        return finish(k, pending)
+    if any(n + 2 * p < size for n, size, p in zip(image.shape[2:], pool.kernel, pool.padding, strict=True)):
+        raise ValueError(f"ConvBNAct: input: too small, {pool.kernel} windows of an image of {tuple(image.shape[2:])}")
+    return k.batch_norm_act_pool_fwd(image, norm, weight, bias, *_conv_run.windows(pool), activation, 0.01, group)[0]
 
 
 def _group(norm: nn.Module) -> str:

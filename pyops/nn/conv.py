@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from pyops.nn import _training
 from pyops.nn._derived import Derived, is_plain
-from pyops.ops import _activations, _conv_call, conv_bn_act
+from pyops.ops import _activations, _conv_call, _conv_run, _vendor_conv
 from pyops.ops._fused_ops import Squeeze
-from pyops.ops._vendor_conv import Conv
+from pyops.ops._vendor_conv import UPSAMPLINGS, Conv, Pool
 from pyops.ops.depthwise_conv import fold, run_folded
 from pyops.ops.pointwise_conv import pointwise_conv
 from pyops.ops.squeeze_excite import squeeze_excite
@@ -72,14 +72,49 @@ class Folded(NamedTuple):
     kept: dict
 
 
+class Parts(NamedTuple):
+    """What a block's layers are, as kernels take them."""
+
+    conv: nn.Conv2d
+    norm: nn.Module
+    activation: str
+    upsample: int
+    pool: Pool | None
+
+
+def upsampling_of(layer: nn.Module) -> int:
+    """Its number in UPSAMPLINGS, 0 where kernels have none such."""
+    if type(layer) is not nn.Upsample or layer.size is not None or layer.recompute_scale_factor or layer.align_corners:
+        return 0
+    twice = layer.scale_factor in (2, (2, 2)) and layer.mode in UPSAMPLINGS
+    return UPSAMPLINGS.index(layer.mode) if twice else 0
+
+
+def pool_of(layer: nn.Module) -> Pool | None:
+    """None where kernels have none such."""
+    pair: Any = lambda n: n if isinstance(n, tuple) else (n, n)  # noqa: E731
+    if isinstance(layer, nn.MaxPool2d):
+        plain = type(layer) is nn.MaxPool2d and pair(layer.dilation) == (1, 1) and not layer.return_indices
+    elif isinstance(layer, nn.AvgPool2d):
+        counts = layer.count_include_pad or pair(layer.padding) == (0, 0)
+        plain = type(layer) is nn.AvgPool2d and counts and layer.divisor_override is None
+    else:
+        return None
+    pool = Pool(isinstance(layer, nn.MaxPool2d), *(pair(n) for n in (layer.kernel_size, layer.stride, layer.padding)))
+    within = all(2 * padding <= kernel for kernel, padding in zip(pool.kernel, pool.padding, strict=True))
+    return pool if plain and not layer.ceil_mode and within and _conv_run.pools(pool) else None
+
+
 class ConvBNAct(nn.Sequential):
-    """Convolution, batch norm, activation: ``[N, C, H, W] -> [N, out_channels, OH, OW]``.
+    """Convolution, batch norm, activation, pooling: ``[N, C, H, W] -> [N, out_channels, OH, OW]``.
 
     Parameter names are those of torchvision's Conv2dNormActivation (``0.weight``, ``1.weight``, ...). Depthwise
     (``groups == in_channels == out_channels``) and 1x1 convolutions run on pyops' kernels, others on PyTorch's, and batch norm with the
     activation in one pass each way; what is saved for backward is then the convolution's input and output (a dense convolution on a CPU
     trains so where Winograd's method runs it, else on PyTorch's layers). In eval mode the running
     statistics are folded into the filter once, and again when a parameter or buffer changes. ``padding=None`` keeps the size at stride 1.
+    ``pool`` is a `torch.nn.MaxPool2d` or `AvgPool2d` that follows: on a CPU it is part of the pass over memory that normalises and
+    activates, or of the convolution, and what is saved for it is a byte for each maximum.
     `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the processes of a group share their statistics, on CPUs too. Gradients of
     gradients (``create_graph=True``) need ``backend="eager"``.
 
@@ -98,14 +133,18 @@ class ConvBNAct(nn.Sequential):
         activation: str | None = "relu",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        pool: nn.Module | None = None,
         backend: str | None = None,
     ):
+        if pool is not None and not isinstance(pool, (nn.MaxPool2d, nn.AvgPool2d)):
+            raise TypeError(f"{type(self).__name__}: pool: expected a torch.nn.MaxPool2d or AvgPool2d, got {type(pool).__name__}")
         if padding is None:
             kernel, apart = (n if isinstance(n, tuple) else (n, n) for n in (kernel_size, dilation))
             padding = (kernel[0] - 1) // 2 * apart[0], (kernel[1] - 1) // 2 * apart[1]
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False)
-        layers = [conv, nn.BatchNorm2d(out_channels, eps, momentum)]
-        super().__init__(*layers, *([] if activation is None else [_activation(activation, "ConvBNAct: activation")]))
+        layers: list[nn.Module] = [*self._before(), conv, nn.BatchNorm2d(out_channels, eps, momentum)]
+        layers += [] if activation is None else [_activation(activation, f"{type(self).__name__}: activation")]
+        super().__init__(*layers, *([] if pool is None else [pool]))
         self.backend = backend
         self._folded = Derived()
 
@@ -120,76 +159,137 @@ class ConvBNAct(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         return self.run(input)[0]
 
-    @property
-    def activation(self) -> Any:
-        """The kernels' name for the activation, or None where layers were replaced by some that kernels cannot stand for."""
-        layers = list(self)
+    def _before(self) -> list[nn.Module]:
+        """The layers that come before the convolution."""
+        return []
+
+    def parts(self) -> Parts | None:
+        """None where layers were replaced by some that kernels cannot stand for."""
+        layers: list[Any] = list(self)
+        upsample = upsampling_of(layers[0]) if layers else 0
+        layers = layers[1:] if upsample else layers
+        pool = pool_of(layers[-1]) if layers else None
+        layers = layers[:-1] if pool is not None else layers
         if len(layers) not in (2, 3) or type(layers[0]) is not nn.Conv2d or type(layers[1]) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
             return None
-        return "none" if len(layers) == 2 else name_of(layers[2])
+        activation = "none" if len(layers) == 2 else name_of(layers[2])
+        return None if activation is None else Parts(layers[0], layers[1], activation, upsample, pool)
+
+    @property
+    def activation(self) -> Any:
+        """The kernels' name for it, None where the block is not a convolution, batch norm and an activation that kernels have."""
+        parts = self.parts()
+        return parts.activation if parts is not None and not parts.upsample and parts.pool is None else None
 
     def run(self, input: Tensor, means: bool = False) -> tuple[Tensor, Tensor | None]:
         """The block's output and, if asked for, its channel means ``[N, C]``."""
-        conv: Any = self._modules["0"]
-        folded = self.folded() if can_fold(conv.weight, input) else None
-        if folded is not None and _training.is_depthwise(conv):
+        conv: Any = self._conv()
+        folded = self.folded() if conv is not None and can_fold(conv.weight, input) else None
+        around = folded is not None and (folded.call.upsample > 0 or folded.call.pool is not None)
+        if folded is not None and not around and _training.is_depthwise(conv):
             shape = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
             return run_folded(input, *folded[:2], **shape, activation=folded.activation, means=means, backend=self.backend)
         if folded is not None:
             output = self.run_dense(input, folded)
         elif (
-            self.can_train(input)
-            and _training.gains(conv, self.backend, input)
+            (parts := self.can_train(input)) is not None
+            and _training.gains(parts, self.backend, input)
             and (kernels := _training.kernels_for(self.backend, input)) is not None
         ):
             (cast,) = _conv_call.autocast(input)
-            output = _conv_call.in_layout_of(_training.finish(kernels, self.convolve(kernels, _training.Pending(cast))), input)
+            pending = self.convolve(kernels, _training.Pending(cast))
+            output = _conv_call.in_layout_of(_training.finish_pooled(kernels, pending, parts.pool), input)
         else:
             output = super().forward(input)
         return output, output.mean((2, 3)) if means else None
 
+    def _conv(self) -> nn.Module | None:
+        """The convolution, where it is at its place."""
+        layer = self._modules.get(str(len(self._before())))
+        return layer if isinstance(layer, nn.Conv2d) else None
+
     def run_dense(self, input: Tensor, folded: Folded, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """``activation(conv(input * gate) + bias + residual)`` with a folded filter and bias: inference alone."""
+        """``pool(activation(conv(input * gate) + bias + residual))`` with a folded filter and bias: inference alone."""
         weight, bias, call, activation, kept = folded
         with torch.no_grad():
-            conv: Any = self[0]
-            if _training.is_pointwise(conv) and (gate is not None or not input.is_cpu):  # oneDNN's kept 1x1 is faster, without gates
+            pointwise = _vendor_conv.is_pointwise(weight, call) and not call.upsample and call.pool is None
+            if pointwise and (gate is not None or not input.is_cpu):  # oneDNN's kept 1x1 is faster, without gates
                 epilogue: dict[str, Any] = dict(gate=gate, residual=residual, activation=activation, backend=self.backend)
                 return pointwise_conv(input, weight, bias, **epilogue)
             if gate is not None:
                 input = input * gate.to(input.dtype)[:, :, None, None]
-            return conv_bn_act.run_folded(input, weight, bias, residual, call, kept, self.backend)
+            return _conv_run.run_folded(input, weight, bias, residual, call, kept, self.backend)
 
-    def can_train(self, input: Tensor) -> bool:
-        """Whether the kernels can stand for the layers with gradients: no layer of another kind or with hooks, a plain convolution."""
-        if not is_plain(self, KINDS) or self.activation is None:
-            return False
-        conv: Any = self[0]
+    def can_train(self, input: Tensor) -> Parts | None:
+        """The layers, where the kernels can stand for them with gradients: none of another kind or with hooks, a plain convolution."""
+        parts = self.parts() if is_plain(self, KINDS) else None
+        if parts is None:
+            return None
+        conv: Any = parts.conv
         plain = conv.padding_mode == "zeros" and conv.bias is None and not isinstance(conv.padding, str)
         same = input.dtype == conv.weight.dtype or _conv_call.is_autocast(input.device.type)
-        return plain and same and input.dim() == 4 and input.shape[1] == conv.in_channels
+        return parts if plain and same and input.dim() == 4 and input.shape[1] == conv.in_channels else None
 
     def convolve(self, kernels, input: _training.Pending, gates: _training.Gates | None = None) -> _training.Pending:
         """The convolution of `input`, with batch norm and activation pending."""
-        return _training.convolve(kernels, self[0], self[1], self.activation, input, gates)
+        parts: Any = self.parts()
+        return _training.convolve(kernels, parts.conv, parts.norm, parts.activation, input, gates, parts.upsample)
 
     def folded(self) -> Folded | None:
         """None where the running statistics cannot be folded."""
         return self._fold() if torch.compiler.is_compiling() else self._folded.get(self, self._fold)
 
     def _fold(self) -> Folded | None:
-        conv: Any = self[0]
-        norm: Any = self[1]
-        activation = self.activation
-        plain = is_plain(self, KINDS) and activation is not None and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-        if not plain or norm.training or norm.running_mean is None:
+        parts = self.parts() if is_plain(self, KINDS) else None
+        if parts is None:
+            return None
+        conv: Any = parts.conv
+        norm: Any = parts.norm
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or norm.training or norm.running_mean is None:
             return None
         weight, bias = fold(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-        shape = _training.shape_of(conv)._replace(activation=_activations.NAMES.index(activation), slope=0.01)
-        return Folded(weight, bias, shape, activation, {})
+        number = _activations.NAMES.index(parts.activation)
+        call = _training.shape_of(conv)._replace(activation=number, slope=0.01, upsample=parts.upsample, pool=parts.pool)
+        return Folded(weight, bias, call, parts.activation, {})
 
 
-KINDS = (ConvBNAct, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, *ACTIVATIONS.values())
+class UpsampleConvBNAct(ConvBNAct):
+    """The image enlarged twice, then a convolution of stride 1, batch norm and activation: ``[N, C, H, W] -> [N, out_channels, 2H, 2W]``.
+
+    What the decoders of autoencoders and segmentation networks repeat. ``mode`` is "nearest" or "bilinear" (``align_corners=False``).
+    Parameter names are those of ``Sequential(Upsample, Conv2d, BatchNorm2d, activation)``. On a CPU 3x3 convolutions enlarge the image as
+    they read it, where Winograd's method runs them.
+
+    Raises ValueError for an unknown mode or activation, and torch.nn.Conv2d's errors.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        padding: int | tuple[int, int] | None = None,
+        mode: str = "nearest",
+        activation: str | None = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        pool: nn.Module | None = None,
+        backend: str | None = None,
+    ):
+        if mode not in UPSAMPLINGS[1:]:
+            raise ValueError(f'UpsampleConvBNAct: mode: expected "nearest" or "bilinear", got {mode!r}')
+        self._mode = mode
+        rest: dict[str, Any] = dict(padding=padding, activation=activation, eps=eps, momentum=momentum, pool=pool, backend=backend)
+        super().__init__(in_channels, out_channels, kernel_size, **rest)
+
+    def _before(self) -> list[nn.Module]:
+        return [nn.Upsample(scale_factor=2, mode=self._mode)]
+
+
+KINDS = (
+    ConvBNAct, UpsampleConvBNAct, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Upsample, nn.MaxPool2d, nn.AvgPool2d,
+    *ACTIVATIONS.values(),
+)  # fmt: skip
 
 
 def can_fold(weight: Tensor, input: Tensor) -> bool:

@@ -60,7 +60,9 @@ def facts_of(op: str, input: Tensor, tensors) -> Facts:
 MOST_PLANS = 64  # shapes that a module remembers
 
 
-def run_folded(input: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, call: Conv, kept: dict, backend: str | None) -> Tensor:
+def run_folded(
+    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, call: Conv, kept: dict, backend: str | None
+) -> Tensor:
     """Inference with a filter and bias of `fold`, for modules, which keep in `kept` what is made of them for the machine: the filters in
     the layouts that kernels want, and what runs a call, by its shape."""
     if torch.compiler.is_compiling() or backend is not None or _backends.overridden():
@@ -73,6 +75,17 @@ def run_folded(input: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | N
             plans.clear()
         plan = plans[key] = _plan(input, weight, bias, residual, call, kept, backend)
     return _conv_call.in_layout_of(plan(input, residual), input)
+
+
+def write_folded(input: Tensor, out: Tensor, weight: Tensor, call: Conv, kept: dict, backend: str | None) -> None:
+    """`run_folded` without bias and residual into `out`, which may be a slice of a wider image's channels."""
+    name = facts_of("conv_bn_act", input, ()).choose(backend)
+    m = winograd(input, weight, call, keeps=True) if name == "cpu" else 0
+    if m:
+        points = _kept(kept, m, lambda: torch.ops.pyops.winograd_pack.default(weight, m))
+        torch.ops.pyops.winograd_into.default(out, input, points, None, *call.padding, call.activation, call.slope)
+    else:
+        out.copy_(run_folded(input, weight, None, None, call, kept, backend))
 
 
 Plan = Callable[[Tensor, Tensor | None], Tensor]

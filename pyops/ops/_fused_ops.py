@@ -39,7 +39,7 @@ from pyops.ops._channel_ops import image_like, vector
 
 _PARTS = (
     "channel_moments", "channel_apply", "channel_sums", "channel_reduce", "channel_grad", "channel_grad_",
-    "depthwise_infer", "depthwise_bwd", "depthwise_after", "depthwise_after_bwd", "pointwise_run", "pointwise_back",
+    "depthwise_infer", "depthwise_bwd", "depthwise_after", "depthwise_after_bwd", "pointwise_run", "pointwise_into", "pointwise_back",
     "conv_run", "conv_transpose_run", "conv_wgrad", "pool_run", "pool_reduce", "pool_grad",
 )  # fmt: skip
 _SMALL = ("channel_norm", "channel_affine", "channel_terms")  # whose default overload serves every backend
@@ -89,7 +89,7 @@ def _affine(norm: Norm | None) -> Tensor | None:
     return None if norm is None else norm.affine
 
 
-def _backward_of_input(k, grad, input, norm: Norm | None, gate, offset, activation, slope):
+def backward_of_input(k, grad, input, norm: Norm | None, gate, offset, activation, slope):
     """(the input's gradient, written over `grad`; weight's; bias's) for the gradient of what `channel_apply` made of input."""
     if norm is None:
         if activation or gate is not None or offset is not None:
@@ -137,7 +137,7 @@ def _depthwise_backward(k, grad, input, weight, norm, bn_weight, bn_bias, stride
         return grad_input, grad_weight, *_nothing(input, 2)
     affine = _channel_ops.identity(input) if norm is None else norm.affine
     found, grad_weight = k.depthwise_after_bwd(grad, input, affine, activation, slope, weight, stride, padding, dilation)
-    grad_input, *grads = _backward_of_input(k, found, input, norm, None, None, activation, slope)
+    grad_input, *grads = backward_of_input(k, found, input, norm, None, None, activation, slope)
     return grad_input, grad_weight, *grads
 
 
@@ -205,7 +205,7 @@ def _pointwise_backward(
     if squeeze is not None:
         grad_means, *found = squeeze.backward(grad_gate, means)
         offset, layers = grad_means / positions(input), tuple(found)
-    grad_input, *grads = _backward_of_input(k, da, input, norm, gate, offset, activation, slope)
+    grad_input, *grads = backward_of_input(k, da, input, norm, gate, offset, activation, slope)
     return grad_input, grad_weight, *grads, *layers
 
 

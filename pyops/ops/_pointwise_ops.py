@@ -7,9 +7,9 @@
     output = activation((y + bias[o]) * keep[n] + residual)
 
 Images are ``[N, C, H, W]`` whose memory is ``[N, H, W]`` positions of neighbouring channels; a position may be farther from the next
-than C (a slice of a wider buffer). weight ``[O, C]`` has input's dtype or float32; every vector is float32 (float64 for float64).
-Products are summed in float32, of operands that `tf32` lets a GPU round where images are float32. `a` is rounded to input's dtype where
-the product takes 16-bit operands.
+than C (a slice of a wider buffer). weight ``[O, C]`` has input's dtype or float32, or is what `pack` makes of it; every vector is float32
+(float64 for float64). Products are summed in float32, of operands that `tf32` lets a GPU round where images are float32. `a` is rounded to
+input's dtype where the product takes 16-bit operands.
 
     pyops::pointwise_run   (output, moments [2, O] of output as `channel_moments` gives them, or an empty tensor)
     pyops::pointwise_into  the same, written into `output`, a slice of a wider buffer perhaps; no moments
@@ -41,6 +41,14 @@ def rows_of(image: Tensor) -> Tensor:
 def image_of(rows: Tensor, N: int, H: int, W: int) -> Tensor:
     """The inverse of `rows_of`: a channels_last image on the memory of rows."""
     return rows.reshape(N, H, W, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """``[O, C]`` as `pointwise_into` multiplies it on a CPU, for owners that keep it: ``[O/16, C, 16]``, zeros beyond O; float32."""
+    O, C = weight.shape
+    blocks = -(-O // 16)
+    padded = torch.cat([weight.float(), weight.new_zeros((16 * blocks - O, C), dtype=torch.float32)])
+    return padded.reshape(blocks, 16, C).transpose(1, 2).contiguous()
 
 
 def _output(input, weight, rows, affine, gate, input_activation, input_slope, bias, keep, residual, activation, slope) -> Tensor:

@@ -65,7 +65,7 @@ def batch_norm_act(
     number = _activations.number(OP, activation)
     group = _groups.name_of(process_group)
     if use_batch and not group:
-        _check_count(input.numel() // max(1, input.shape[1]))
+        check_count(input.numel() // max(1, input.shape[1]))
     name = _conv_call.choose(OP, backend, input, _eager_first(input) and not group)
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -101,7 +101,7 @@ def statistics_of(moments: Tensor, count: int, eps: float, group: str, running: 
     Raises ValueError for a single value per channel, as torch.nn.functional.batch_norm does.
     """
     if not group:
-        _check_count(count)
+        check_count(count)
     running = (None, None) if factor is None or not count else running
     moments = moments.detach()
     if not group and not isinstance(factor, Tensor):
@@ -117,7 +117,8 @@ def statistics_of(moments: Tensor, count: int, eps: float, group: str, running: 
     return torch.stack([mean, torch.rsqrt(squares * inverse + eps), inverse])
 
 
-def _check_count(count: int) -> None:
+def check_count(count: int) -> None:
+    """Raises ValueError for a single value per channel, of which there is no variance."""
     if count == 1:
         raise ValueError(f"{OP}: input: expected more than 1 value per channel when training")
 
