@@ -127,7 +127,7 @@ def test_into_a_slice(m):
     assert torch.equal(wide[:, 11:29], infer(x, weight, bias, m, activation="relu"))
     assert (wide[:, :11] == 7).all() and (wide[:, 29:] == 7).all()
     for out in (wide[:, :17], wide[:, :18, :6], torch.zeros(2, 18, 7, 9), wide[:, :18].double()):
-        with pytest.raises(RuntimeError, match="out|bias"):
+        with pytest.raises(RuntimeError, match=r"out|bias"):
             torch.ops.pyops.winograd_into(out, x, points, bias, 1, 1, 1, 0.0)
 
 

@@ -29,16 +29,17 @@ def can_train(name: str, layers: list[Any], input: Tensor) -> bool:
         return False
     norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2)]
     batch = all(norm.training and norm.weight is not None for norm in norms) and not any(layer.drop_rate for layer in layers)
-    same = all(p.dtype == input.dtype for layer in layers for p in (layer.conv1.weight, layer.conv2.weight))
-    return batch and (same or _conv_call.is_autocast(input.device.type))
+    if _conv_call.is_autocast(input.device.type):  # PyTorch's layers would give input's dtype where that is the wider
+        return batch and input.dtype == torch.get_autocast_dtype(input.device.type)
+    return batch and all(p.dtype == input.dtype for layer in layers for p in (layer.conv1.weight, layer.conv2.weight))
 
 
 def train(k: Kernels, layers: list[Any], input: Tensor) -> Tensor:
     """The block's output; the layers' running statistics move as PyTorch's do."""
-    (cast,) = _conv_call.autocast(input)
     check_count(input.shape[0] * input.shape[2] * input.shape[3])
     parameters = [p for layer in layers for p in _parameters(layer)]
-    output, *statistics = _DenseBlock.apply(k, [(layer.norm1.eps, layer.norm2.eps) for layer in layers], cast, *parameters)
+    with torch.autocast(input.device.type, enabled=False):
+        output, *statistics = _DenseBlock.apply(k, [(layer.norm1.eps, layer.norm2.eps) for layer in layers], input, *parameters)
     count = input.numel() // input.shape[1]
     for layer, (first, second) in zip(layers, zip(statistics[::2], statistics[1::2], strict=True), strict=True):
         for norm, moments in ((layer.norm1, first), (layer.norm2, second)):

@@ -78,7 +78,7 @@ class DenseLayer(nn.Module):
 
     def forward(self, input: Tensor | list[Tensor]) -> Tensor:
         features = input if isinstance(input, Tensor) else torch.cat(list(input), 1)
-        if can_fold(self.conv1.weight, features) and features.dim() == 4:
+        if _infers(self.conv1.weight, features):
             name = kernels_of(self, features)
             ready = self._ready.get(self, lambda: self.make_ready(name, features.dtype), (name, features.dtype))
             if ready is not None and ready.affine.shape[1] == features.shape[1]:
@@ -110,6 +110,10 @@ class DenseLayer(nn.Module):
         return Ready(_affine(norms[0]), weight, bias, self.conv2.weight.detach().float(), Conv((1, 1), (1, 1), (1, 1), 1), {})
 
 
+def _infers(weight: Tensor, input: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and can_fold(weight, input) and input.dim() == 4
+
+
 def kernels_of(module: Any, like: Tensor) -> str:
     return _conv_call.choose(type(module).__name__, module.backend, like)
 
@@ -129,7 +133,8 @@ class DenseBlock(nn.ModuleDict):
 
     torchvision's _DenseBlock: parameter names and results. The result is allocated once and every layer writes its channels into it: what
     would be a concatenation before each layer is none. In training a channel's batch statistics are computed once, whoever reads it, and
-    saved are the result and each layer's output of its 1x1 convolution. Gradients of gradients need ``backend="eager"``.
+    saved are the result and each layer's output of its 1x1 convolution. Under `torch.compile`, and where parts were replaced, batch norm is
+    frozen or dropout is on, the layers are PyTorch's. Gradients of gradients need ``backend="eager"``.
 
     Source: Huang et al., 2017; Pleiss et al., 2017 (memory-efficient DenseNets).
     """
@@ -163,9 +168,9 @@ class DenseBlock(nn.ModuleDict):
 
     def forward(self, init_features: Tensor) -> Tensor:
         layers: list[Any] = list(self.values())
-        if init_features.dim() == 4 and all(type(layer) is DenseLayer for layer in layers):
+        if not torch.compiler.is_compiling() and init_features.dim() == 4 and all(type(layer) is DenseLayer for layer in layers):
             name = kernels_of(self, init_features)
-            if can_fold(layers[0].conv1.weight, init_features):
+            if _infers(layers[0].conv1.weight, init_features):
                 ready = self._ready.get(self, lambda: self._make_ready(layers, name, init_features), (name, init_features.dtype))
                 if ready is not None and ready[0].affine.shape[1] == init_features.shape[1]:
                     return self._infer(name, ready, init_features)
@@ -254,7 +259,7 @@ class DenseTransition(nn.Sequential):
             return False
         conv = self.conv
         plain = (conv.kernel_size, conv.stride, conv.padding, conv.groups, conv.bias) == ((1, 1), (1, 1), (0, 0), 1, None)
-        return plain and can_fold(conv.weight, input) and input.dim() == 4 and input.shape[1] == conv.in_channels
+        return plain and _infers(conv.weight, input) and input.shape[1] == conv.in_channels
 
 
 def _fits(pool, input: Tensor) -> bool:

@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyops import _library
@@ -47,7 +48,7 @@ def pack(weight: Tensor) -> Tensor:
     """``[O, C]`` as `pointwise_into` multiplies it on a CPU, for owners that keep it: ``[O/16, C, 16]``, zeros beyond O; float32."""
     O, C = weight.shape
     blocks = -(-O // 16)
-    padded = torch.cat([weight.float(), weight.new_zeros((16 * blocks - O, C), dtype=torch.float32)])
+    padded = F.pad(weight.float(), (0, 0, 0, 16 * blocks - O))
     return padded.reshape(blocks, 16, C).transpose(1, 2).contiguous()
 
 
