@@ -241,6 +241,14 @@ PYOPS_DEVICE void write_sums(const ChannelParams& p, const ChannelPlace& me, con
 }
 inline size_t sums_room(const ChannelCut& cut, int V, int rows) { return sizeof(float) * rows * cut.lanes * cut.groups * V; }
 
+// Of partials [copies, slots, width]; one slot's are the sums themselves.
+inline size_t partial_bytes(const ChannelCut& cut, int64_t width) {
+  return cut.slots == 1 ? 0 : sizeof(float) * static_cast<size_t>(cut.copies * cut.slots * width);
+}
+
+// partials [copies, slots, width] -> sums [copies, width], added in order. In channel_sums.cu.
+void merge_sums(const ChannelCut& cut, const float* partials, float* sums, int64_t width, cudaStream_t stream);
+
 inline LaunchShape channel_shape(const ChannelCut& cut, size_t shared_bytes) {
   return {dim3(static_cast<unsigned>(cut.blocks())), cut.threads(), shared_bytes};
 }

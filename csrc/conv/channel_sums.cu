@@ -120,6 +120,11 @@ channel_sums_merge(MergeParams p) {
   p.sums[column] = total.total;
 }
 
+ChannelCut totals_cut(const Channelwise& p) { return cut_channels(p.P, p.N, p.C, channel_vector<16>(p), kSumBlocks); }
+ChannelCut reduce_cut(const Channelwise& p) { return cut_channels(p.N * p.P, 1, p.C, channel_vector<8>(p), kSumBlocks); }
+
+}  // namespace
+
 void merge_sums(const ChannelCut& cut, const float* partials, float* sums, int64_t width, cudaStream_t stream) {
   constexpr int64_t kMostWarps = kMergeThreads / kWarpSize;
   const int threads = kWarpSize * static_cast<int>(cut.slots < kMostWarps ? cut.slots : kMostWarps);
@@ -127,15 +132,6 @@ void merge_sums(const ChannelCut& cut, const float* partials, float* sums, int64
   const LaunchShape shape{dim3(static_cast<unsigned>(ceil_div(params.columns, int64_t{kWarpSize}))), threads, threads * sizeof(float)};
   launch("channel_sums_merge", channel_sums_merge, shape, stream, params);
 }
-
-ChannelCut totals_cut(const Channelwise& p) { return cut_channels(p.P, p.N, p.C, channel_vector<16>(p), kSumBlocks); }
-ChannelCut reduce_cut(const Channelwise& p) { return cut_channels(p.N * p.P, 1, p.C, channel_vector<8>(p), kSumBlocks); }
-
-size_t partial_bytes(const ChannelCut& cut, int64_t width) {
-  return cut.slots == 1 ? 0 : sizeof(float) * static_cast<size_t>(cut.copies * cut.slots * width);
-}
-
-}  // namespace
 
 size_t channel_totals_workspace(const Channelwise& p) { return p.N * p.P * p.C == 0 ? 0 : partial_bytes(totals_cut(p), p.C); }
 

@@ -1,6 +1,7 @@
 // What every GPU kernel of the convolution family shares: vectors of neighbouring channels, careful sums, choice by storage type.
 #pragma once
 #include <initializer_list>
+#include <limits>
 #include <type_traits>
 
 #include "../common/convert.cuh"
@@ -25,6 +26,10 @@ struct RawOf<4> {
 template <>
 struct RawOf<2> {
   using type = uint16_t;
+};
+template <>
+struct RawOf<1> {
+  using type = uint8_t;
 };
 
 template <class T, int V>
@@ -69,6 +74,10 @@ inline bool vectors_fit(int64_t C, int V, int element, std::initializer_list<con
   for (const void* image : images) fit = fit && reinterpret_cast<uintptr_t>(image) % (V * element) == 0;
   return fit;
 }
+
+// Whether a value takes the place of the highest so far: of equal ones the first stays, and NaN is above all.
+PYOPS_DEVICE bool is_above(float value, float highest) { return highest == highest && !(value <= highest); }
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 // Kahan's sum: means of many nearly equal values must be as good as torch's pairwise ones.
 struct Sum {

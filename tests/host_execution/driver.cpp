@@ -8,6 +8,7 @@
 #include "../../csrc/conv/depthwise_cuda.h"
 #include "../../csrc/conv/expand_depthwise_cuda.h"
 #include "../../csrc/conv/pointwise_cuda.h"
+#include "../../csrc/conv/pool_cuda.h"
 #include "../../csrc/rnn/scan.cuh"
 
 using namespace pyops;
@@ -106,6 +107,21 @@ int host_channel(int op, const conv::Channelwise* p, void* workspace, char* erro
       case 2: return conv::channel_totals(*p, workspace, nullptr);
       case 3: return conv::channel_reduce(*p, workspace, nullptr);
       default: return conv::channel_gradient(*p, nullptr);
+    }
+  });
+}
+
+// op: run, reduce, gradient.
+int host_pool_workspace(int op, const conv::Pooling* p, int64_t* bytes, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { *bytes = static_cast<int64_t>(op == 1 ? conv::pool_reduce_workspace(*p) : 0); });
+}
+
+int host_pool(int op, const conv::Pooling* p, void* workspace, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] {
+    switch (op) {
+      case 0: return conv::pool_run(*p, nullptr);
+      case 1: return conv::pool_reduce(*p, workspace, nullptr);
+      default: return conv::pool_gradient(*p, nullptr);
     }
   });
 }

@@ -8,12 +8,12 @@ import pytest
 from pyops import kernels as budgets
 
 from ..budgets import differences
-from . import channel, dense, depthwise, expand_depthwise, pointwise, rnn
+from . import channel, dense, depthwise, expand_depthwise, pointwise, pool, rnn
 from .harness import ROOT, kernel_sources, kernel_table
 
 
 def every_convolution(library):
-    for operation in (channel, dense, depthwise, expand_depthwise, pointwise):
+    for operation in (channel, dense, depthwise, expand_depthwise, pointwise, pool):
         operation.every_kernel(library)
 
 
