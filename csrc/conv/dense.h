@@ -8,6 +8,7 @@
 //   transposed    sum[n,y,x,o] = sum over ky, kx, c of weight[c,o,ky,kx] * input[n, (y + pad_h - ky*dilation_h) / stride_h, ..., c]
 //                 over the taps where the division is exact
 //   output = activation(sum + bias + residual), or activation(sum + bias) + residual where residual_last
+//   pool: of a convolution the maximum or the average of each whole 2x2 window of that is stored instead, [N, OH/2, OW/2, O]; no moments
 //   moments [2, O] = mean and sum of squared deviations of the stored output over positions (channel.h), where asked for
 //
 //   gradient      grad_weight[o,c,ky,kx] = sum over n, y, x of grad[n,y,x,o] * input[n, y*stride_h - pad_h + ky*dilation_h, ..., c]
@@ -29,6 +30,7 @@ struct Dense {
   Activation activation;
   float slope;  // leaky_relu's
   bool transposed, residual_last, tf32;
+  Pool pool;
   int64_t input_stride, residual_stride;  // elements from one position to the next; output is dense
   int64_t weight_strides[4];              // in elements, of [O, C/groups, KH, KW]; transposed: of [C, O/groups, KH, KW]
   const void *input, *weight, *residual;  // residual may be null

@@ -1,7 +1,8 @@
 // Convolution with full or grouped filters, and its transpose, as one matrix product whose left operand is never in memory.
 //
 //   sums = patches [N*OH*OW, KH*KW*C/groups] x weight [O, KH*KW*C/groups]^T       per group
-//   output = activation(sums + bias + residual), or + residual after it;  moments = mean and squared deviations of output
+//   output = activation(sums + bias + residual), or + residual after it, or the maximum or average of 2x2 windows of that
+//   moments = mean and squared deviations of output
 //
 // Tiling: a block takes kM positions (128, 64 by FMA, 32 where more would leave SMs idle) of one phase x 64 output channels of one group;
 // four stages of shared memory, so that three steps of both operands are under way while one is multiplied (dense_conv.cuh tells how
@@ -71,6 +72,10 @@ dense_tile(DenseParams p) {
       add_moments<kM>(block.positions, m0, sums_tile, sums_tile + kM * kSumsPitch, moments);
       __syncthreads();
     }
+    if (p.pool != Pool::none) {
+      store_pooled<T, kM>(p, block, m0, sums_tile);
+      __syncthreads();
+    }
   }
   const int column = static_cast<int>(threadIdx.x);
   if (p.partials && column < kTileO && block.o0 + column < block.end) {
@@ -137,7 +142,8 @@ Plan plan_of(const Dense& p) {
   plan.packed_bytes = plan.packs ? round_up(static_cast<size_t>(s.O * plan.pitch * element_size(p.dtype)), size_t{256}) : 0;
 
   const int64_t sms = device_limits().sm_count;
-  const int64_t M = s.N * ceil_div(s.OH, int64_t{plan.y.out_step}) * ceil_div(s.OW, int64_t{plan.x.out_step});  // of the largest phase
+  int64_t M = s.N * ceil_div(s.OH, int64_t{plan.y.out_step}) * ceil_div(s.OW, int64_t{plan.x.out_step});  // of the largest phase
+  if (p.pool != Pool::none) M = s.N * (s.OH / 2 * 2) * (s.OW / 2 * 2);
   const int64_t large = p.dtype == DType::f32 && !p.tf32 ? kLargeTile<Product::fma> : kLargeTile<Product::mma>;
   const int64_t rows = ceil_div(M, large) * o_tiles * phases < sms ? 32 : large, all = ceil_div(M, rows);
   plan.moments_after = p.moments && phases > 1;
@@ -175,12 +181,15 @@ DenseParams params_of(const Dense& p, const Plan& plan) {
   params.N = static_cast<int>(p.s.N), params.groups = p.s.groups;
   params.C = static_cast<int>(p.s.C / p.s.groups), params.O = static_cast<int>(p.s.O / p.s.groups), params.depth = plan.depth;
   params.tiles = plan.tiles, params.o_tiles = ceil_div(params.O, kTileO), params.slots = static_cast<int>(plan.slots);
-  params.activation = p.activation, params.slope = p.slope, params.residual_last = p.residual_last;
+  params.activation = p.activation, params.slope = p.slope, params.residual_last = p.residual_last, params.pool = p.pool;
   params.output_vectors = params.O % piece == 0 && aligned({p.output, p.residual}) && (!p.residual || p.residual_stride % piece == 0);
   return params;
 }
 
-bool nothing(const Dense& p) { return p.s.N * p.s.OH * p.s.OW == 0 || p.s.O == 0; }
+bool nothing(const Dense& p) {
+  const int shift = p.pool != Pool::none;
+  return p.s.N * (p.s.OH >> shift) * (p.s.OW >> shift) == 0 || p.s.O == 0;
+}
 
 }  // namespace
 

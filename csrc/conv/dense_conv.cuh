@@ -7,6 +7,9 @@
 // phase of its own, with its own taps and in_step 1: no product with a hole is ever computed. Filter rows are packed so that the taps of
 // a phase are neighbours: K = taps * depth of a phase is one run of memory, depth channels a tap.
 //
+// With pool the rows of a tile follow each other window by window: four neighbours are the positions of one 2x2 window. What is left of
+// an odd number of rows or columns is not computed.
+//
 // K passes through shared memory in steps of 64 bytes a row; a thread's piece of 16 bytes belongs to some tap and channel of K, the
 // same for its rows, and walks on by a step at a time without a division. Where channels come in whole pieces they go by cp.async, with
 // zeros outside the image. Else (stems, odd channels) a piece is gathered element by element, through registers; there the taps
@@ -73,6 +76,7 @@ struct DenseParams {
   Activation activation;
   float slope;
   bool residual_last, output_vectors;
+  Pool pool;
 };
 
 // What a block computes.
@@ -89,14 +93,22 @@ struct DenseBlock {
     slot = block % p.slots, block /= p.slots;
     o0 += group * p.O, end = (group + 1) * p.O;
     x = phase_of(p.x, block % p.x.out_step), y = phase_of(p.y, block / p.x.out_step);
+    if (p.pool != Pool::none) y.count &= ~1, x.count &= ~1;
     positions = p.N * y.count * x.count;
     K = y.taps * x.taps * p.depth;
     k0 = (static_cast<int64_t>(y.tap) * p.x.taps + y.taps * x.tap) * p.depth;
   }
   PYOPS_DEVICE bool one_phase(const DenseParams& p) const { return p.y.out_step == 1 && p.x.out_step == 1; }
-  // The output position of the phase's m-th.
+  // The phase's m-th position row by row.
+  PYOPS_DEVICE int in_rows(const DenseParams& p, int m) const {
+    if (p.pool == Pool::none) return m;
+    const int within = m % (2 * x.count);  // of two rows
+    return m - within + within % 4 / 2 * x.count + within / 4 * 2 + within % 2;
+  }
+  // The output position of the phase's m-th, before it is pooled.
   PYOPS_DEVICE int place(const DenseParams& p, int m) const {
-    if (one_phase(p)) return m;
+    if (one_phase(p) && p.pool == Pool::none) return m;
+    m = in_rows(p, m);
     const int n = m / (y.count * x.count), within = m % (y.count * x.count);
     const int row = within / x.count * p.y.out_step + y.first, column = within % x.count * p.x.out_step + x.first;
     return (n * p.y.out + row) * p.x.out + column;
@@ -133,7 +145,7 @@ struct DenseInput {
     cursor = TapCursor::at(piece * V, p.depth, block.x.taps), step = TapCursor::at(kStep<T>, p.depth, block.x.taps);
     PYOPS_UNROLL
     for (int r = 0; r < R; ++r) {
-      const int m = m0 + row + r * kApart, plane = block.y.count * block.x.count, within = m % plane;
+      const int m = block.in_rows(p, m0 + row + r * kApart), plane = block.y.count * block.x.count, within = m % plane;
       y0[r] = m < block.positions ? within / block.x.count * p.y.in_step + block.y.base : kNowhere;
       x0[r] = within % block.x.count * p.x.in_step + block.x.base;
       image[r] = m / plane * p.y.in * p.x.in;
@@ -200,8 +212,17 @@ PYOPS_DEVICE void copy_filters(const DenseParams& p, const DenseBlock& block, in
   }
 }
 
+// Stores V or fewer channels of a position.
+template <class T>
+PYOPS_DEVICE void store_some(bool vectors, T* to, int count, const float (&from)[kPiece<T>]) {
+  if (vectors) return store_channels<T, kPiece<T>>(to, from);
+  PYOPS_UNROLL
+  for (int v = 0; v < kPiece<T>; ++v)
+    if (v < count) to[v] = from_float<T>(from[v]);
+}
+
 // The end of a tile: output = activation(sums + bias + residual), or the residual after the activation. Threads share it as finish_tile's
-// do.
+// do. What is to be pooled goes back to where its sums were.
 template <class T, int kM>
 PYOPS_DEVICE void finish_dense(const DenseParams& p, const DenseBlock& block, int m0, float* tile) {
   constexpr int V = kPiece<T>, kColumns = kTileO / V, kApart = kTileThreads<kM> / kColumns;
@@ -228,17 +249,37 @@ PYOPS_DEVICE void finish_dense(const DenseParams& p, const DenseBlock& block, in
     activate<T, V>(p.activation, p.slope, y);
     PYOPS_UNROLL
     for (int v = 0; v < V; ++v) y[v] += p.residual_last ? skip[v] : 0.f;
-    T* const output = static_cast<T*>(p.output) + m * p.output_stride + o;
-    if (p.output_vectors) store_channels<T, V>(output, y);
-    else {
+    const bool pools = p.pool != Pool::none;
+    if (!pools) store_some(p.output_vectors, static_cast<T*>(p.output) + m * p.output_stride + o, count, y);
+    if (p.partials || pools) {
       PYOPS_UNROLL
-      for (int v = 0; v < V; ++v)
-        if (v < count) output[v] = from_float<T>(y[v]);
+      for (int v = 0; v < V; ++v) sums[v] = pools ? y[v] : to_float(from_float<T>(y[v]));
     }
-    if (p.partials) {
+  }
+}
+
+// The maximum or average of each four rows of a finished tile. Every thread of the block calls it, after a barrier.
+template <class T, int kM>
+PYOPS_DEVICE void store_pooled(const DenseParams& p, const DenseBlock& block, int m0, const float* tile) {
+  constexpr int V = kPiece<T>, kColumns = kTileO / V, kApart = kTileThreads<kM> / kColumns;
+  const int column = static_cast<int>(threadIdx.x) % kColumns * V, first = static_cast<int>(threadIdx.x) / kColumns;
+  const int o = block.o0 + column, count = block.end - o < V ? block.end - o : V;
+  if (count <= 0) return;
+  PYOPS_NO_UNROLL
+  for (int row = 4 * first; row < kM && m0 + row < block.positions; row += 4 * kApart) {
+    float pooled[V];
+    PYOPS_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const float* const at = tile + row * kSumsPitch + column + v;
+      float highest = at[0], sum = at[0];
       PYOPS_UNROLL
-      for (int v = 0; v < V; ++v) sums[v] = to_float(from_float<T>(y[v]));
+      for (int i = 1; i < 4; ++i) {
+        const float value = at[i * kSumsPitch];
+        highest = is_above(value, highest) ? value : highest, sum += value;
+      }
+      pooled[v] = p.pool == Pool::maximum ? highest : 0.25f * sum;
     }
+    store_some(p.output_vectors, static_cast<T*>(p.output) + (m0 + row) / 4 * p.output_stride + o, count, pooled);
   }
 }
 

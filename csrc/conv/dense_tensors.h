@@ -49,7 +49,8 @@ std::tuple<Tensor, Tensor> dense_call(Dense& p, const Tensor& input_, const Tens
   const Tensor input = as_positions(input_);
   const MaybeTensor bias = vector_of("bias", bias_, input, {p.s.O});
   const MaybeTensor residual = residual_.has_value() ? MaybeTensor(as_positions(*residual_)) : residual_;
-  Tensor output = empty_image(input, p.s.N, p.s.O, p.s.OH, p.s.OW);
+  const int shift = p.pool != Pool::none;
+  Tensor output = empty_image(input, p.s.N, p.s.O, p.s.OH >> shift, p.s.OW >> shift);
   Tensor sums = moments ? empty(input, {2, p.s.O}, ScalarType::Float) : empty(input, {0}, ScalarType::Float);
   p.input_stride = position_stride(input), p.residual_stride = residual.has_value() ? position_stride(*residual) : 0;
   for (int d = 0; d < 4; ++d) p.weight_strides[d] = weight.stride(d);
@@ -62,11 +63,15 @@ std::tuple<Tensor, Tensor> dense_call(Dense& p, const Tensor& input_, const Tens
 template <class Engine>
 std::tuple<Tensor, Tensor> conv_run(Tensor input, Tensor weight, MaybeTensor bias, MaybeTensor residual, Pair stride, Pair padding,
                                     Pair dilation, int64_t groups, int64_t activation, double slope, bool residual_last, bool moments,
-                                    bool tf32) {
+                                    bool tf32, int64_t pool) {
   STD_TORCH_CHECK(weight.dim() == 4, "weight: expected [O, C/groups, KH, KW]");
   Dense p{};
   p.s = dense_shape(input, weight.size(0), weight.size(2), weight.size(3), stride, padding, dilation, groups);
   set_output_size(p.s);
+  STD_TORCH_CHECK(pool >= 0 && pool <= 2, "pool: expected 0, 1 or 2, got ", pool);
+  STD_TORCH_CHECK(pool == 0 || (p.s.OH >= 2 && p.s.OW >= 2), "pool: needs 2 rows and columns");
+  STD_TORCH_CHECK(pool == 0 || !moments, "moments: not of a pooled output");
+  p.pool = static_cast<Pool>(pool);
   p.residual_last = residual_last, p.tf32 = tf32;
   return dense_call<Engine>(p, input, weight, bias, residual, activation, slope, moments);
 }

@@ -25,6 +25,7 @@ enum class Activation : int32_t {
   tanh = 8,
   hardsigmoid = 9
 };  // gelu: the exact one, with erf
+enum class Pool : int32_t { none, maximum, average };  // of whole 2x2 windows of a finished output
 
 struct DepthwiseShape {
   int64_t N, H, W, C, OH, OW;

@@ -15,7 +15,6 @@
 
 namespace pyops::conv {
 
-enum class Pool : int32_t { none, maximum, average };
 enum class Upsample : int32_t { none, nearest, bilinear };
 
 struct Winograd {

@@ -22,6 +22,7 @@ class Shape(ctypes.Structure):
 class Dense(ctypes.Structure):
     _fields_ = [("s", Shape), ("dtype", I32), ("activation", I32), ("slope", ctypes.c_float)]
     _fields_ += [(name, ctypes.c_bool) for name in ("transposed", "residual_last", "tf32")]
+    _fields_ += [("pool", I32)]
     _fields_ += [("input_stride", I64), ("residual_stride", I64), ("weight_strides", I64 * 4)]
     _fields_ += [(name, P) for name in ("input", "weight", "residual", "bias", "output", "moments")]
 
@@ -51,11 +52,11 @@ class Kernels:
         space = torch.full((size.value + 256,), 255, dtype=torch.uint8)
         checked(getattr(self.library, f"host_{operation}"), ctypes.byref(p), P((space.data_ptr() + 255) // 256 * 256))
 
-    def convolve(self, transposed, shape, input, weight, bias, residual, activation, slope, residual_last, moments, tf32, around):
+    def convolve(self, transposed, shape, input, weight, bias, residual, activation, slope, residual_last, moments, tf32, around, pool=0):
         x, skip = (None if t is None else slice_of(nhwc(t), *around) for t in (input, residual))
-        output = poisoned(input, shape.N, shape.OH, shape.OW, shape.O)
+        output = poisoned(input, shape.N, shape.OH >> (pool > 0), shape.OW >> (pool > 0), shape.O)
         sums = poisoned(input, 2, shape.O, dtype=torch.float32) if moments else None
-        p = Dense(shape, DTYPES[input.dtype], activation, slope, transposed, residual_last, tf32)
+        p = Dense(shape, DTYPES[input.dtype], activation, slope, transposed, residual_last, tf32, pool)
         p.input_stride, p.residual_stride = shape.C + sum(around), shape.O + sum(around)
         p.weight_strides = (I64 * 4)(*weight.stride())
         for name, tensor in zip(
@@ -67,12 +68,12 @@ class Kernels:
 
     def run(
         self, input, weight, bias, residual, stride, padding, dilation, groups, activation, slope, residual_last, moments,
-        tf32=False, around=(0, 0),
+        tf32=False, pool=0, around=(0, 0),
     ):  # fmt: skip
         kernel = weight.shape[2:]
         size = output_size(input.shape[2:], kernel, stride, padding, dilation)
         shape = shape_of(input, weight.shape[0], size, kernel, stride, padding, dilation, groups)
-        return self.convolve(False, shape, input, weight, bias, residual, activation, slope, residual_last, moments, tf32, around)
+        return self.convolve(False, shape, input, weight, bias, residual, activation, slope, residual_last, moments, tf32, around, pool)
 
     def transpose_run(
         self, input, weight, bias, residual, stride, padding, output_size, dilation, groups, activation, slope, residual_last, moments,

@@ -16,6 +16,7 @@ struct Case {
   int between;    // elements between positions
   bool optional;  // the tensors that may be null are given
   int sms;
+  Pool pool = Pool::none;  // of the convolution
 };
 
 using Bytes = std::vector<unsigned char>;
@@ -39,9 +40,9 @@ Bytes run(const Case& c, DType dtype, bool tf32, uint64_t seed) {
   Bytes results;
   for (bool transposed : {false, true}) {
     Dense p{};
-    p.s = s;
+    p.s = s, p.pool = transposed ? Pool::none : c.pool;
     if (transposed) p.s.H = s.OH, p.s.W = s.OW, p.s.C = s.O, p.s.OH = s.H, p.s.OW = s.W, p.s.O = s.C;
-    const int64_t from = transposed ? OM : M, to = transposed ? M : OM;
+    const int64_t from = transposed ? OM : M, to = transposed ? M : OM, stored = p.pool == Pool::none ? to : s.N * (s.OH / 2) * (s.OW / 2);
     p.dtype = dtype, p.transposed = transposed, p.tf32 = tf32, p.activation = c.optional ? Activation::silu : Activation::none;
     p.input_stride = p.s.C + c.between, p.residual_stride = p.s.O + c.between;
     const int64_t taps = int64_t{s.KH} * s.KW, strides[4] = {s.C / s.groups * taps, taps, s.KW, 1};
@@ -49,9 +50,9 @@ Bytes run(const Case& c, DType dtype, bool tf32, uint64_t seed) {
     p.input = image(from, p.s.C), p.weight = weight;
     if (c.optional) {
       p.residual = image(to, p.s.O), p.bias = static_cast<const float*>(buffers.filled(p.s.O, DType::f32));
-      p.moments = static_cast<float*>(buffers.raw(static_cast<size_t>(p.s.O) * 8));
+      if (p.pool == Pool::none) p.moments = static_cast<float*>(buffers.raw(static_cast<size_t>(p.s.O) * 8));
     }
-    const size_t bytes = static_cast<size_t>(to * p.s.O) * element_bytes(dtype);
+    const size_t bytes = static_cast<size_t>(stored * p.s.O) * element_bytes(dtype);
     p.output = buffers.raw(bytes);
     dense_run(p, buffers.raw(dense_workspace(p)), nullptr);
     append(results, p.output, bytes);
@@ -79,6 +80,8 @@ int main() {
       {{1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1}, 0, true, 9},
       {{1, 5, 5, 8, 1, 1, 4, 1, 1, 5, 6, 0, 0, 1, 1, 1}, 0, true, 1},
       {{0, 3, 3, 8, 3, 3, 8, 1, 1, 1, 1, 0, 0, 1, 1, 1}, 0, true, 2},
+      {{2, 11, 10, 3, 11, 10, 9, 3, 3, 1, 1, 1, 1, 1, 1, 1}, 3, true, 1, Pool::maximum},
+      {{2, 9, 7, 16, 5, 3, 8, 3, 2, 2, 3, 1, 1, 1, 1, 1}, 8, true, 9, Pool::average},
   };
   for (const Case& c : cases)
     for (int kind = 0; kind < 4; ++kind) try {

@@ -201,6 +201,46 @@ def test_moments_of_the_stored_output(library, kernels, operation, dtype, sms):
         torch.testing.assert_close(moments[1].double(), truth[1], rtol=1e-5, atol=1e-6)
 
 
+POOLED = {name: SHAPES[name] for name in ("tiles", "strided", "odd", "stem", "uneven", "odd groups", "wide")}
+
+
+@kinds
+@pytest.mark.parametrize("pool", [ops.MAXIMUM, ops.AVERAGE], ids=["maximum", "average"])
+@pytest.mark.parametrize("shape", POOLED.values(), ids=POOLED)
+def test_pooled(library, kernels, shape, pool, dtype):
+    """Large tiles and small ones, odd rows and columns that are left out, the residual on either side of the activation."""
+
+    def draw(seed):
+        library.host_machine(seed, (1, 40)[seed % 2], 163 * 1024)
+        args = Problem(shape, dtype, last=seed % 3 == 0, seed=seed).run
+        ours = kernels.run(*args, False, tf32=False, pool=pool)[0]
+        plain = eager("run", args)
+        pooled = torch.max_pool2d(plain, 2) if pool == ops.MAXIMUM else torch.nn.functional.avg_pool2d(plain, 2)
+        return [ours], [ops._run(*double(args), False, pool=pool)[0]], [pooled]
+
+    assert_gate(draw, dtype)
+
+
+@kinds
+@pytest.mark.parametrize("shape", POOLED.values(), ids=POOLED)
+def test_pooled_is_the_finished_output_pooled(library, kernels, shape, dtype):
+    """Exactly, where nothing is rounded; and NaN is above all."""
+
+    def small(*sizes, generator):
+        return torch.randint(-1, 2, sizes, generator=generator).float()
+
+    for rounded in {False, dtype == torch.float32}:
+        for sms in (1, 40):
+            library.host_machine(sms, sms, 163 * 1024)
+            x, *rest = Problem(shape, dtype, activation=NONE, draw=small).run
+            for pool in (ops.MAXIMUM, ops.AVERAGE):
+                ours = kernels.run(x, *rest, False, tf32=rounded, pool=pool)[0]
+                assert torch.equal(ours, ops._run(x, *rest, False, pool=pool)[0])
+            x[0, :, -1, -1] = float("nan")
+            ours, truth = kernels.run(x, *rest, False, tf32=rounded, pool=ops.MAXIMUM)[0], ops._run(x, *rest, False, pool=ops.MAXIMUM)[0]
+            assert torch.equal(ours.isnan(), truth.isnan()) and torch.equal(ours.nan_to_num(), truth.nan_to_num())
+
+
 @operations
 def test_tf32_rounds_operands_alone(library, kernels, operation):
     library.host_machine(1, 2, 163 * 1024)
@@ -255,4 +295,4 @@ def test_no_kernel_touches_memory_it_should_not(sanitizers, builder, tmp_path):
     names = ("dense", "channel_moments")  # where moments are merged
     sources = [*(source for source in kernel_sources() if source.name.startswith(names)), DRIVER / "dense_memory_check.cu"]
     done = run_sanitized(builder.link(tmp_path / "dense_memory_check", sources, SANITIZED_FLAGS, SANITIZE))
-    assert done.returncode == 0 and "40 cases clean" in done.stdout, done.stdout + done.stderr[:4000]
+    assert done.returncode == 0 and "48 cases clean" in done.stdout, done.stdout + done.stderr[:4000]
