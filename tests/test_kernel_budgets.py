@@ -190,6 +190,11 @@ def copies_whole_pieces(kernel: str, text: str) -> list[str]:
     return copies_asynchronously(kernel, text) if kernel.endswith("true>") else []
 
 
+def reads_pieces(kernel: str, text: str) -> list[str]:
+    """lrn_five<dtype, whether rows>: rows in vectors of 16 bytes"""
+    return reads_rows_128(kernel, text) if kernel.endswith("true>") else []
+
+
 # What a family's design says of each of its kernels. Weights and gates_x of any hidden size are read element by element (rows of
 # odd sizes are not 16-byte aligned): 128-bit global loads are for what the kernels lay out themselves.
 DESIGN: dict[str, list[Callable[[str, str], list[str]]]] = {
@@ -210,6 +215,17 @@ DESIGN: dict[str, list[Callable[[str, str], list[str]]]] = {
     "pool_windows": [computes_in_float32, reads_vectors, writes_vectors],
     "pool_reduce_runs": [computes_in_float32, reads_vectors],
     "pool_gradient_runs": [computes_in_float32, reads_vectors, writes_vectors],
+    "lrn_five": [computes_in_float32, reads_pieces],
+    "lrn_five_gradient": [computes_in_float32, reads_pieces],
+    "lrn_any": [computes_in_float32],
+    "lrn_any_shares": [computes_in_float32],
+    "lrn_any_gradient": [computes_in_float32],
+    "layer_norm_rows": [computes_in_float32, reads_vectors, writes_vectors],
+    "layer_norm_rows_gradient": [computes_in_float32, reads_vectors, writes_vectors],
+    "layer_norm_rows_sums": [computes_in_float32, reads_vectors],
+    "layer_norm_planes": [computes_in_float32],
+    "layer_norm_planes_gradient": [computes_in_float32],
+    "layer_norm_planes_sums": [computes_in_float32],
     "pointwise_tile": [multiplies_as_named, reads_rows_128, reads_shared_128, copies_asynchronously],
     "pointwise_pack": [],
     "expand_depthwise": [multiplies_and_convolves, reads_shared_128, copies_asynchronously],

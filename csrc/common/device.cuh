@@ -74,12 +74,29 @@ PYOPS_DEVICE float exact_tanh(float x) {
 #endif
 }
 
+PYOPS_DEVICE float exact_power(float x, float y) {
+#if defined(__CUDACC__)
+  return powf(x, y);
+#else
+  return static_cast<float>(std::pow(static_cast<double>(x), static_cast<double>(y)));
+#endif
+}
+
 // exp for gates that are rounded to 16 bits afterwards: about 2 ulp of float, without expf's range reduction.
 PYOPS_DEVICE float fast_exp(float x) {
 #if defined(__CUDACC__)
   return __expf(x);
 #else
   return std::exp(x);
+#endif
+}
+
+// x to the power of y, x not negative, for results that are rounded to 16 bits afterwards.
+PYOPS_DEVICE float fast_power(float x, float y) {
+#if defined(__CUDACC__)
+  return __powf(x, y);
+#else
+  return std::pow(x, y);
 #endif
 }
 

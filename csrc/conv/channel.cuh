@@ -246,9 +246,6 @@ inline size_t partial_bytes(const ChannelCut& cut, int64_t width) {
   return cut.slots == 1 ? 0 : sizeof(float) * static_cast<size_t>(cut.copies * cut.slots * width);
 }
 
-// partials [copies, slots, width] -> sums [copies, width], added in order. In channel_sums.cu.
-void merge_sums(const ChannelCut& cut, const float* partials, float* sums, int64_t width, cudaStream_t stream);
-
 inline LaunchShape channel_shape(const ChannelCut& cut, size_t shared_bytes) {
   return {dim3(static_cast<unsigned>(cut.blocks())), cut.threads(), shared_bytes};
 }
@@ -256,5 +253,8 @@ inline LaunchShape channel_shape(const ChannelCut& cut, size_t shared_bytes) {
 // Merges means and squared deviations of runs: partials [slots][2][C] -> sums [2][C]. Each run has `run` of the `positions`, the last what
 // is left. In channel_moments.cu; the 1x1 convolution's moments end there as well.
 void merge_moments(const float* partials, float* sums, int64_t slots, int64_t run, int64_t positions, int64_t C, cudaStream_t stream);
+
+// Adds rows of partial sums in order: partials [copies][slots][width] -> sums [copies][width]. In channel_sums.cu.
+void merge_sums(const float* partials, float* sums, int64_t copies, int64_t slots, int64_t width, cudaStream_t stream);
 
 }  // namespace pyops::conv

@@ -125,10 +125,10 @@ ChannelCut reduce_cut(const Channelwise& p) { return cut_channels(p.N * p.P, 1, 
 
 }  // namespace
 
-void merge_sums(const ChannelCut& cut, const float* partials, float* sums, int64_t width, cudaStream_t stream) {
+void merge_sums(const float* partials, float* sums, int64_t copies, int64_t slots, int64_t width, cudaStream_t stream) {
   constexpr int64_t kMostWarps = kMergeThreads / kWarpSize;
-  const int threads = kWarpSize * static_cast<int>(cut.slots < kMostWarps ? cut.slots : kMostWarps);
-  const MergeParams params{partials, sums, cut.slots, width, cut.copies * width};
+  const int threads = kWarpSize * static_cast<int>(slots < kMostWarps ? slots : kMostWarps);
+  const MergeParams params{partials, sums, slots, width, copies * width};
   const LaunchShape shape{dim3(static_cast<unsigned>(ceil_div(params.columns, int64_t{kWarpSize}))), threads, threads * sizeof(float)};
   launch("channel_sums_merge", channel_sums_merge, shape, stream, params);
 }
@@ -145,7 +145,7 @@ void channel_totals(const Channelwise& p, void* workspace, cudaStream_t stream) 
     constexpr int V = decltype(v)::value;
     launch("channel_totals_runs", channel_totals_runs<decltype(type), V>, channel_shape(cut, sums_room(cut, V, 1)), stream, params);
   });
-  if (cut.slots > 1) merge_sums(cut, params.partials, p.sums, p.C, stream);
+  if (cut.slots > 1) merge_sums(params.partials, p.sums, cut.copies, cut.slots, p.C, stream);
 }
 
 size_t channel_reduce_workspace(const Channelwise& p) { return p.N * p.P * p.C == 0 ? 0 : partial_bytes(reduce_cut(p), 2 * p.C); }
@@ -161,7 +161,7 @@ void channel_reduce(const Channelwise& p, void* workspace, cudaStream_t stream) 
     constexpr int V = decltype(v)::value;
     launch("channel_reduce_runs", channel_reduce_runs<decltype(type), V>, channel_shape(cut, sums_room(cut, V, 2)), stream, params);
   });
-  if (cut.slots > 1) merge_sums(cut, params.partials, p.sums, 2 * p.C, stream);
+  if (cut.slots > 1) merge_sums(params.partials, p.sums, cut.copies, cut.slots, 2 * p.C, stream);
 }
 
 #define PYOPS_SUMS_KERNELS(T, V, R)                                                           \

@@ -145,7 +145,7 @@ void pool_reduce(const Pooling& p, void* workspace, cudaStream_t stream) {
     constexpr int V = decltype(v)::value;
     launch("pool_reduce_runs", pool_reduce_runs<decltype(type), V>, channel_shape(cut, sums_room(cut, V, 2)), stream, params);
   });
-  if (cut.slots > 1) merge_sums(cut, params.partials, p.sums, 2 * p.C, stream);
+  if (cut.slots > 1) merge_sums(params.partials, p.sums, cut.copies, cut.slots, 2 * p.C, stream);
 }
 
 void pool_gradient(const Pooling& p, cudaStream_t stream) {

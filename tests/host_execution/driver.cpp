@@ -9,6 +9,7 @@
 #include "../../csrc/conv/expand_depthwise_cuda.h"
 #include "../../csrc/conv/pointwise_cuda.h"
 #include "../../csrc/conv/pool_cuda.h"
+#include "../../csrc/norm/channel_norms_cuda.h"
 #include "../../csrc/rnn/scan.cuh"
 
 using namespace pyops;
@@ -160,6 +161,23 @@ int host_dense_wgrad_workspace(const conv::DenseGradient* p, int64_t* bytes, cha
 
 int host_dense_wgrad(const conv::DenseGradient* p, void* workspace, char* error, int error_bytes) {
   return guarded(error, error_bytes, [&] { conv::dense_wgrad(*p, workspace, nullptr); });
+}
+
+// gradient: of the norm, else the norm itself, which needs no workspace.
+int host_lrn_workspace(const norm::LocalResponse* p, int64_t* bytes, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { *bytes = static_cast<int64_t>(norm::lrn_gradient_workspace(*p)); });
+}
+
+int host_lrn(int gradient, const norm::LocalResponse* p, void* workspace, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { gradient ? norm::lrn_gradient(*p, workspace, nullptr) : norm::lrn(*p, nullptr); });
+}
+
+int host_layer_norm_workspace(const norm::LayerNorm* p, int64_t* bytes, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { *bytes = static_cast<int64_t>(norm::layer_norm_gradient_workspace(*p)); });
+}
+
+int host_layer_norm(int gradient, const norm::LayerNorm* p, void* workspace, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { gradient ? norm::layer_norm_gradient(*p, workspace, nullptr) : norm::layer_norm(*p, nullptr); });
 }
 
 // The names, one per line, of kernels that were launched on the host and are not in the registry. Returns the text's length.
