@@ -12,7 +12,9 @@ Tiling: a program owns BLOCK_M positions of one phase x BLOCK_O outputs of one g
 rows are found once, C in blocks of BLOCK_K. Masked addresses are clamped into the image. FOLD, where C is short or not a multiple of 8: a
 walk takes a whole row of taps, whose kx and c run as one dimension, so that a stem of 3 channels does not multiply padding. Precision and
 the order of programs are pointwise_conv's; moments are those of each tile's stored output, merged by moments.py, and those of a transpose
-with a stride, whose tiles are not of one size, are read back from the output. The same bits every call.
+with a stride, whose tiles are not of one size, are read back from the output. The same bits every call. POOL, 1 the maximum or 2 the
+average of whole 2x2 windows: four rows of a tile in a row are a window, so that pooling is within the tile and [N, OH//2, OW//2,
+groups*O] is what is written.
 
 Four warps always: with eight, compilers have given wrong results for convolutions of this form.
 
@@ -68,6 +70,11 @@ def taps_of(phase, kernel, stride, padding, dilation, step, TRANSPOSED: tl.const
 
 
 @triton.jit
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def clamp(at, size):
     return tl.minimum(tl.maximum(at, 0), size - 1)
 
@@ -108,8 +115,8 @@ def dense_kernel(
     input_ptr, weight_ptr, bias_ptr, residual_ptr, output_ptr, moments_ptr,
     N, H, W, OH, OW, groups, C_units, O_units, KH, KW,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, step_h, step_w, slope,
-    TRANSPOSED: tl.constexpr, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL_LAST: tl.constexpr, PRECISION: tl.constexpr,
-    C_UNIT: tl.constexpr, O_UNIT: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr,
+    TRANSPOSED: tl.constexpr, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL_LAST: tl.constexpr, POOL: tl.constexpr,
+    PRECISION: tl.constexpr, C_UNIT: tl.constexpr, O_UNIT: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """moments [cdiv(N*OH*OW, BLOCK_M), 2, groups*O], where there is one phase. Sizes come in UNITs, so that their alignment is known."""
@@ -119,7 +126,10 @@ def dense_kernel(
     else:
         apart_h, apart_w, scale_h, scale_w = 1, 1, stride_h, stride_w
     PH, PW = (OH + apart_h - 1) // apart_h, (OW + apart_w - 1) // apart_w
-    P = PH * PW
+    if POOL != 0:
+        P = (OH // 2) * (OW // 2) * 4
+    else:
+        P = PH * PW
     M = N.to(tl.int64) * P
     blocks, columns = tl.cdiv(M, BLOCK_M).to(tl.int32), tl.cdiv(O, BLOCK_O)
     phase = tl.program_id(0) // (blocks * columns * groups)
@@ -135,7 +145,10 @@ def dense_kernel(
     first_x, count_x, origin_x, move_x = taps_of(phase_x, KW, stride_w, padding_w, dilation_w, step_w, TRANSPOSED)
 
     n, position = locate(block, P, BLOCK_M)
-    qy, qx = position // PW, position % PW
+    if POOL != 0:
+        qy, qx = position // 4 // (OW // 2) * 2 + position % 4 // 2, position // 4 % (OW // 2) * 2 + position % 2
+    else:
+        qy, qx = position // PW, position % PW
     in_range = n < N
     image = tl.minimum(n, N - 1).to(tl.int64) * H
     sums = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
@@ -173,6 +186,8 @@ def dense_kernel(
         oy, ox = qy * apart_h + phase_y, qx * apart_w + phase_x
         in_range = in_range & (oy < OH) & (ox < OW)
         pixels = (n.to(tl.int64) * OH + oy) * OW + ox
+    elif POOL != 0:
+        pixels = (n.to(tl.int64) * OH + qy) * OW + qx
     else:
         pixels = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = in_range[:, None] & (o < O)[None, :]
@@ -182,6 +197,12 @@ def dense_kernel(
     result = activate(sums, ACTIVATION, slope)
     if residual_ptr is not None and RESIDUAL_LAST:
         result += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if POOL != 0:
+        windows = tl.reshape(result, [BLOCK_M // 4, 4, BLOCK_O])
+        result = tl.reduce(windows, 1, larger) if POOL == 1 else tl.sum(windows, axis=1) * 0.25
+        window = block.to(tl.int64) * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4)
+        inside = (window < M // 4)[:, None] & (o < O)[None, :]
+        at = (window * channels + g * O)[:, None] + o[None, :]
     store_image(output_ptr + at, result, inside)
     if moments_ptr is not None:
         stored = rounded(result, output_ptr.dtype.element_ty).to(tl.float32)
@@ -190,13 +211,13 @@ def dense_kernel(
 
 
 def run(
-    input, weight, bias, residual, stride, padding, dilation, groups, activation, slope, residual_last, moments, tf32=False
+    input, weight, bias, residual, stride, padding, dilation, groups, activation, slope, residual_last, moments, tf32=False, pool=0
 ) -> tuple[Tensor, Tensor]:
     """(output, moments [2, O] or empty), as pyops::conv_run."""
     size = output_size(input, weight, stride, padding, dilation)
-    output = empty_image(input, input.shape[0], weight.shape[0], *size)
-    geometry = (stride, padding, dilation, groups)
-    return output, _launch(output, input, weight, bias, residual, *geometry, activation, slope, residual_last, moments, tf32, False)
+    output = empty_image(input, input.shape[0], weight.shape[0], *((n // 2 for n in size) if pool else size))
+    epilogue = (activation, slope, residual_last, moments, tf32, pool)
+    return output, _launch(output, size, input, weight, bias, residual, stride, padding, dilation, groups, *epilogue)
 
 
 def transpose_run(
@@ -204,16 +225,18 @@ def transpose_run(
 ) -> tuple[Tensor, Tensor]:
     """(output, moments [2, O] or empty), as pyops::conv_transpose_run."""
     output = empty_image(input, input.shape[0], weight.shape[1] * groups, *output_size)
-    geometry = (stride, padding, dilation, groups)
-    return output, _launch(output, input, weight, bias, residual, *geometry, activation, slope, residual_last, moments, tf32, True)
+    epilogue = (activation, slope, residual_last, moments, tf32)
+    call = (output, output_size, input, weight, bias, residual, stride, padding, dilation, groups, *epilogue)
+    return output, _launch(*call, transposed=True)
 
 
 def _launch(
-    output, input, weight, bias, residual, stride, padding, dilation, groups, activation, slope, residual_last, moments, tf32, transposed
-) -> Tensor:
-    """Writes output; its moments where they are wanted."""
+    output, size, input, weight, bias, residual, stride, padding, dilation, groups, activation, slope, residual_last, moments, tf32,
+    pool=0, transposed=False,
+) -> Tensor:  # fmt: skip
+    """Writes output, `size` before pooling; its moments where they are wanted."""
     N, C, H, W = input.shape
-    _, channels, OH, OW = output.shape
+    channels, (OH, OW) = output.shape[1], size
     nothing = torch.zeros((2, channels) if moments else 0, dtype=torch.float32, device=input.device)
     if not output.numel():
         return nothing
@@ -221,14 +244,16 @@ def _launch(
     bias = None if bias is None else bias.contiguous()
     apart_h, apart_w = stride if transposed else (1, 1)
     C, O, M = C // groups, channels // groups, N * triton.cdiv(OH, apart_h) * triton.cdiv(OW, apart_w)
+    if pool:
+        M = 4 * N * (OH // 2) * (OW // 2)
     phases = apart_h * apart_w
     config = launch_config(M * phases, C, O, groups, input.dtype, tf32)
     blocks = triton.cdiv(M, config["BLOCK_M"])
-    merged = moments and phases == 1
+    merged = moments and phases == 1 and not pool
     partials = torch.empty(blocks, 2, channels, dtype=torch.float32, device=input.device) if merged else None
     steps = [s // gcd(s, d) if transposed else 1 for s, d in zip(stride, dilation, strict=True)]
     sizes = (N, H, W, OH, OW, groups, C // config["C_UNIT"], O // config["O_UNIT"], *weight.shape[2:], *stride, *padding, *dilation, *steps)
-    constants = config | {"TRANSPOSED": transposed, "ACTIVATION": activation, "RESIDUAL_LAST": residual_last}
+    constants = config | {"TRANSPOSED": transposed, "ACTIVATION": activation, "RESIDUAL_LAST": residual_last, "POOL": pool}
     with on(input):
         dense_kernel[(phases * blocks * groups * triton.cdiv(O, config["BLOCK_O"]),)](
             input, weight, bias, residual, output, partials, *sizes, slope, **constants
