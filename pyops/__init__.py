@@ -10,7 +10,9 @@ from pyops.ops.batch_norm_act import batch_norm_act
 from pyops.ops.conv_bn_act import conv_bn_act, conv_transpose_bn_act
 from pyops.ops.depthwise_conv import depthwise_conv_bn_act
 from pyops.ops.gru import fused_gru, gru_cell
+from pyops.ops.layer_norm_2d import layer_norm_2d
 from pyops.ops.linear_act import linear_act
+from pyops.ops.local_response_norm import local_response_norm
 from pyops.ops.lstm import fused_lstm, lstm_cell
 from pyops.ops.pointwise_conv import pointwise_conv
 from pyops.ops.rnn import fused_rnn, rnn_cell
@@ -30,7 +32,9 @@ __all__ = [
     "fused_lstm",
     "fused_rnn",
     "gru_cell",
+    "layer_norm_2d",
     "linear_act",
+    "local_response_norm",
     "lstm_cell",
     "nn",
     "pointwise_conv",

@@ -337,6 +337,53 @@ inline vf erf(vf x) {
   return magnitude < 0.927734375f ? x * p + x : with_sign(1.f - exp_neg(q), x);
 }
 
+inline vf sqrt(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(x);
+#elif defined(__x86_64__)
+  return _mm_sqrt_ps(x);
+#else
+  for (int i = 0; i < kF; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+// x^y for one y: x = 2^e m with m around one, y = head + tail with head * e exact, so that only y log2(m) and tail * e are rounded before
+// the whole part of the exponent is taken away. log(m) is Cephes' polynomial. Its error grows with y: 2 units in the last place at 3,
+// above which the C library computes. NaN for x < 0.
+inline vf power(vf x, float y) {
+  if (y < -3.f || y > 3.f) {
+    for (int i = 0; i < kF; ++i) x[i] = static_cast<float>(__builtin_pow(x[i], y));
+    return x;
+  }
+  const vf head = bits<vf>(bits<vi>(vf{} + y) & ~0xfff), tail = y - head;
+  const auto subnormal = x < 0x1p-126f;
+  const vi u = bits<vi>(subnormal ? x * 0x1p24f : x), e = (u - 0x3f3504f3) >> 23;
+  const vf f = bits<vf>(u - (e << 23)) - 1.f, exponent = __builtin_convertvector(e, vf) - (subnormal ? vf{} + 24.f : vf{});
+  vf p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const vf log = f + (f * f) * (f * p - 0.5f);
+  const vf whole = head * exponent, rest = tail * exponent + (y * 1.44269504f) * log, t = whole + rest;
+  const vf near = t + 12582912.f - 12582912.f;
+  vf n;
+  const vf q = expm1_reduced(((whole - near) + rest) * 0.69314718f, n);
+  n += near;
+  const vf low = n * 0.5f - 0.25f + 12582912.f - 12582912.f, infinity = vf{} + __builtin_inff();
+  vf value = (1.f + q) * power_of_two(low) * power_of_two(n - low);  // two factors: neither overflows before the result does
+  value = t > 129.f ? infinity : t < -151.f ? vf{} : value;
+  const vf at_zero = y < 0.f ? infinity : vf{} + (y > 0.f ? 0.f : 1.f), at_infinity = y > 0.f ? infinity : vf{} + (y < 0.f ? 0.f : 1.f);
+  value = x == 0.f ? at_zero : x == infinity ? at_infinity : value;
+  return x >= 0.f ? value : vf{} + __builtin_nanf("");
+}
+
 using vd = Vec<double>;
 inline vd sigmoid(vd x) {
   for (int i = 0; i < Simd<double>::N; ++i) x[i] = 1.0 / (1.0 + __builtin_exp(-x[i]));

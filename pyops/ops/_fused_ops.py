@@ -32,6 +32,7 @@ from pyops.ops import (  # noqa: F401  (registers the ops that `Kernels` looks u
     _dense_ops,
     _depthwise_ops,
     _groups,
+    _norm_ops,
     _pointwise_ops,
     _pool_ops,
 )
@@ -41,6 +42,7 @@ _PARTS = (
     "channel_moments", "channel_apply", "channel_sums", "channel_reduce", "channel_grad", "channel_grad_",
     "depthwise_infer", "depthwise_bwd", "depthwise_after", "depthwise_after_bwd", "pointwise_run", "pointwise_into", "pointwise_back",
     "conv_run", "conv_transpose_run", "conv_wgrad", "pool_run", "pool_reduce", "pool_grad",
+    "lrn_run", "lrn_grad", "layer_norm_run", "layer_norm_grad",
 )  # fmt: skip
 _SMALL = ("channel_norm", "channel_affine", "channel_terms")  # whose default overload serves every backend
 

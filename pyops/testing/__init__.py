@@ -9,6 +9,7 @@ from pyops.testing.samples import blocks as _blocks  # noqa: F401  (registers it
 from pyops.testing.samples import dense as _dense  # noqa: F401
 from pyops.testing.samples import depthwise as _depthwise  # noqa: F401
 from pyops.testing.samples import linear as _linear  # noqa: F401
+from pyops.testing.samples import norm as _norm  # noqa: F401
 from pyops.testing.samples import rnn as _rnn  # noqa: F401
 
 __all__ = ["SPECS", "ErrorCase", "OpSpec", "Sample", "poison", "relative_error", "within_gate"]
