@@ -1,15 +1,27 @@
-// LayerNorm over channels on the CPU, statistics in two passes.
+// LayerNorm over channels on the CPU, statistics in two passes: the mean, then deviations from it, whose own sum says what rounding took
+// from the mean. z = (input - mean) / deviation - shift, with that share as shift.
 //
 // Rows: four positions at a time, whose lanes are added up together. Planes: 1 to 4 vectors of positions in registers walk through the
 // channels once for the mean, once for the variance and once for the result; from the second on the block comes from L1 or L2.
-// Floats are added in runs: 4 positions or 32 channels, then 32 positions or a block, then doubles.
+// Floats are added in runs: 4 positions or 16 channels, then 32 positions or a block, then doubles.
 #pragma once
 #include "channel_norms_cpu_pass.h"
 
 namespace pyops::norm::PYOPS_ISA {
 namespace {
 
-inline float inverse_root(float x) { return 1.f / __builtin_sqrtf(x); }
+template <class V>
+struct Statistics {  // of one position, or of a vector of them
+  V mean, rstd, shift;
+  // from the sums of deviations from `mean` and of their squares
+  void settle(V sum, V squares, float inverse, float eps) {
+    const V off = sum * inverse, variance = squares * inverse - off * off;
+    if constexpr (sizeof(V) == sizeof(float)) rstd = 1.f / __builtin_sqrtf((variance < 0.f ? 0.f : variance) + eps);
+    else rstd = 1.f / cpu::PYOPS_ISA::sqrt((variance < 0.f ? V{} : variance) + eps);
+    shift = off * rstd;
+  }
+  vf z(vf x) const { return (x - mean) * rstd - shift; }
+};
 
 template <class S>
 struct LayerNormPass {
@@ -63,14 +75,13 @@ struct LayerNormPass {
   void run_rows(const Member& me, double* sums, int64_t begin, int64_t end) const {
     int64_t r = begin, run = 0;
     for (; r < end; run += 4) {
-      if (run == 32) flush(me, sums), run = 0;
+      if (gradient && run == 32) flush(me, sums), run = 0;
       if (end - r >= 4) rows<4>(me, r), r += 4;
       else rows<1>(me, r), r += 1;
     }
     if (gradient) flush(me, sums);
   }
   void flush(const Member& me, double* to) const {
-    if (!gradient) return;
     for (int64_t i = 0; i < 2; ++i)
       for (int64_t c = 0; c < p.C; ++c) to[i * p.C + c] += me.sums[i * wide + c], me.sums[i * wide + c] = 0.f;
   }
@@ -82,49 +93,47 @@ struct LayerNormPass {
   template <int R>
   void rows(const Member& me, int64_t r) const {
     const int64_t at = r * p.C;
-    float mean[4], rstd[4];
-    vf sums[4] = {};
+    Statistics<float> s[4];
+    float totals[4], squared[4];
+    vf sums[4] = {}, squares[4] = {};
     vectors([&](int64_t i, int64_t lanes) {
       for (int k = 0; k < R; ++k) sums[k] += get(input(at + k * p.C + i), lanes);
     });
-    sum_lanes(sums, mean);
-    for (int k = 0; k < R; ++k) mean[k] *= inverse, sums[k] = vf{};
+    sum_lanes(sums, totals);
+    for (int k = 0; k < R; ++k) s[k].mean = totals[k] * inverse, sums[k] = vf{};
     const int64_t whole = p.C / kF * kF;
     for (int64_t i = 0; i < whole; i += kF)
       for (int k = 0; k < R; ++k) {
-        const vf d = load_as(input(at + k * p.C + i), float{}) - mean[k];
-        sums[k] += d * d;
+        const vf d = load_as(input(at + k * p.C + i), float{}) - s[k].mean;
+        sums[k] += d, squares[k] += d * d;
       }
-    if (whole < p.C) {
-      const vf ones = vf{} + 1.f;
-      alignas(64) float one[kF];
-      store(one, ones);
-      const vf edge = load_part(one, static_cast<int>(p.C - whole));  // no deviation where there is no channel
+    if (whole < p.C)
       for (int k = 0; k < R; ++k) {
-        const vf d = (get(input(at + k * p.C + whole), p.C - whole) - mean[k]) * edge;
-        sums[k] += d * d;
+        alignas(64) float edge[kF];
+        store(edge, get(input(at + k * p.C + whole), p.C - whole) - s[k].mean);
+        const vf d = load_part(edge, static_cast<int>(p.C - whole));  // no deviation where there is no channel
+        sums[k] += d, squares[k] += d * d;
       }
-    }
-    sum_lanes(sums, rstd);
-    for (int k = 0; k < R; ++k) rstd[k] = inverse_root(rstd[k] * inverse + p.eps);
-    if (gradient) return rows_gradient<R>(me, at, mean, rstd);
+    sum_lanes(sums, totals), sum_lanes(squares, squared);
+    for (int k = 0; k < R; ++k) s[k].settle(totals[k], squared[k], inverse, p.eps);
+    if (gradient) return rows_gradient<R>(me, at, s);
     vectors([&](int64_t i, int64_t lanes) {
       const vf weight = load(me.weight + i), bias = load(me.bias + i);
       for (int k = 0; k < R; ++k) {
         const int64_t from = at + k * p.C + i;
-        put(output(from), (get(input(from), lanes) - mean[k]) * rstd[k] * weight + bias, lanes);
+        put(output(from), s[k].z(get(input(from), lanes)) * weight + bias, lanes);
       }
     });
   }
   template <int R>
-  void rows_gradient(const Member& me, int64_t at, const float (&mean)[4], const float (&rstd)[4]) const {
+  void rows_gradient(const Member& me, int64_t at, const Statistics<float> (&s)[4]) const {
     vf h_sums[4] = {}, hz_sums[4] = {};
     vectors([&](int64_t i, int64_t lanes) {
       const vf weight = load(me.weight + i);
       vf g_sum{}, gz_sum{};
       for (int k = 0; k < R; ++k) {
         const int64_t from = at + k * p.C + i;
-        const vf g = get(grad(from), lanes), gz = g * ((get(input(from), lanes) - mean[k]) * rstd[k]);
+        const vf g = get(grad(from), lanes), gz = g * s[k].z(get(input(from), lanes));
         g_sum += g, gz_sum += gz;
         h_sums[k] += g * weight, hz_sums[k] += gz * weight;
       }
@@ -138,25 +147,25 @@ struct LayerNormPass {
       const vf weight = load(me.weight + i);
       for (int k = 0; k < R; ++k) {
         const int64_t from = at + k * p.C + i;
-        const vf z = (get(input(from), lanes) - mean[k]) * rstd[k];
-        put(output(from), (get(grad(from), lanes) * weight - h[k] * inverse - z * (hz[k] * inverse)) * rstd[k], lanes);
+        const vf z = s[k].z(get(input(from), lanes));
+        put(output(from), (get(grad(from), lanes) * weight - h[k] * inverse - z * (hz[k] * inverse)) * s[k].rstd, lanes);
       }
     });
   }
 
   // ------------------------------------------------------------------------------------------------------------- planes
 
-  // sums of f(channel, v) over channels, for V vectors of positions
+  // f(channel, v, a, b) adds to two sums over channels, for each of V vectors of positions.
   template <int V, class F>
-  void over_channels(vf (&sums)[V], const F& f) const {
-    constexpr int64_t kRun = 32;
-    for (int v = 0; v < V; ++v) sums[v] = vf{};
+  void over_channels(vf (&a)[V], vf (&b)[V], const F& f) const {
+    constexpr int64_t kRun = 16;
+    for (int v = 0; v < V; ++v) a[v] = b[v] = vf{};
     for (int64_t first = 0; first < p.C; first += kRun) {
       const int64_t end = first + kRun < p.C ? first + kRun : p.C;
-      vf run[V] = {};
+      vf run_a[V] = {}, run_b[V] = {};
       for (int64_t c = first; c < end; ++c)
-        for (int v = 0; v < V; ++v) run[v] += f(c, v);
-      for (int v = 0; v < V; ++v) sums[v] += run[v];
+        for (int v = 0; v < V; ++v) f(c, v, run_a[v], run_b[v]);
+      for (int v = 0; v < V; ++v) a[v] += run_a[v], b[v] += run_b[v];
     }
   }
   template <int V>
@@ -172,28 +181,28 @@ struct LayerNormPass {
       if (v < V - 1) store_as(to, value);
       else put(to, value, last);
     };
-    vf mean[V], rstd[V];
-    over_channels<V>(mean, x);
-    for (int v = 0; v < V; ++v) mean[v] *= inverse;
-    over_channels<V>(rstd, [&](int64_t c, int v) {
-      const vf d = x(c, v) - mean[v];
-      return d * d;
+    Statistics<vf> s[V];
+    vf a[V], b[V];
+    over_channels<V>(a, b, [&](int64_t c, int v, vf& sum, vf&) { sum += x(c, v); });
+    for (int v = 0; v < V; ++v) s[v].mean = a[v] * inverse;
+    over_channels<V>(a, b, [&](int64_t c, int v, vf& sum, vf& squares) {
+      const vf d = x(c, v) - s[v].mean;
+      sum += d, squares += d * d;
     });
-    for (int v = 0; v < V; ++v) rstd[v] = 1.f / cpu::PYOPS_ISA::sqrt(rstd[v] * inverse + p.eps);
-    if (gradient) return plane_gradient<V>(me, block, x, write, mean, rstd, sums);
+    for (int v = 0; v < V; ++v) s[v].settle(a[v], b[v], inverse, p.eps);
+    if (gradient) return plane_gradient<V>(me, block, x, write, s, sums);
     for (int64_t c = 0; c < p.C; ++c)
-      for (int v = 0; v < V; ++v) write(c, v, (x(c, v) - mean[v]) * rstd[v] * me.weight[c] + me.bias[c]);
+      for (int v = 0; v < V; ++v) write(c, v, s[v].z(x(c, v)) * me.weight[c] + me.bias[c]);
   }
   template <int V, class X, class Write>
-  void plane_gradient(const Member& me, const Block& block, const X& x, const Write& write, const vf (&mean)[V], vf (&rstd)[V],
-                      double* sums) const {
+  void plane_gradient(const Member& me, const Block& block, const X& x, const Write& write, Statistics<vf> (&s)[V], double* sums) const {
     const int64_t last = block.count - (V - 1) * kF;
-    for (int64_t i = last; i < kF; ++i) rstd[V - 1][i] = 0.f;  // where there is no position z is zero, not zero by zero
+    for (int64_t i = last; i < kF; ++i) s[V - 1].rstd[i] = s[V - 1].shift[i] = 0.f;  // no position: z is zero, not zero by zero
     const auto g = [&](int64_t c, int v) {
       const S* from = grad(block.at + c * p.P + v * kF);
       return v < V - 1 ? load_as(from, float{}) : get(from, last);
     };
-    const auto z = [&](int64_t c, int v) { return (x(c, v) - mean[v]) * rstd[v]; };
+    const auto z = [&](int64_t c, int v) { return s[v].z(x(c, v)); };
     for (int64_t c = 0; c < p.C; c += 2) {
       vf part[4] = {};
       for (int64_t k = 0; k < 2 && c + k < p.C; ++k)
@@ -204,11 +213,13 @@ struct LayerNormPass {
     }
     if (!p.output) return;
     vf h[V], hz[V];
-    over_channels<V>(h, [&](int64_t c, int v) { return g(c, v) * me.weight[c]; });
-    over_channels<V>(hz, [&](int64_t c, int v) { return g(c, v) * me.weight[c] * z(c, v); });
+    over_channels<V>(h, hz, [&](int64_t c, int v, vf& sum, vf& products) {
+      const vf value = g(c, v) * me.weight[c];
+      sum += value, products += value * z(c, v);
+    });
     for (int v = 0; v < V; ++v) h[v] *= inverse, hz[v] *= inverse;
     for (int64_t c = 0; c < p.C; ++c)
-      for (int v = 0; v < V; ++v) write(c, v, (g(c, v) * me.weight[c] - h[v] - z(c, v) * hz[v]) * rstd[v]);
+      for (int v = 0; v < V; ++v) write(c, v, (g(c, v) * me.weight[c] - h[v] - z(c, v) * hz[v]) * s[v].rstd);
   }
 };
 

@@ -27,7 +27,7 @@ def _laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "strided":  # every other column of a wider tensor
         return x.repeat_interleave(2, -1)[..., ::2]
     if layout == "expanded":
-        return x[:, :1].expand_as(x)
+        return x[:, :, :1].expand_as(x)
     return x
 
 
