@@ -94,6 +94,11 @@ def bench_conv(layer, batch, dtype, race, benchmark, request):
 @pytest.mark.parametrize("layer", list(LAYERS))
 def bench_conv_training(layer, batch, race, benchmark):
     module, x = build(layer).train(), image(layer, batch)
+    race_training(module, plain(module), x, 6 * products(module, x), race, benchmark, op="ConvBNAct", sample=f"{layer}, batch {batch}")
+
+
+def race_training(module, twin, x, flops, race, benchmark, **facts):
+    """Forward and backward against the twin in either layout."""
     cotangent = torch.randn_like(module(x))
 
     def step_of(call, layout):
@@ -109,10 +114,10 @@ def bench_conv_training(layer, batch, race, benchmark):
         return step
 
     layouts = {"torch.nn": torch.channels_last, "torch.nn NCHW": torch.contiguous_format}
-    peers = {name: step_of(plain(module), layout) for name, layout in layouts.items()}
+    peers = {name: step_of(copy.deepcopy(twin), layout) for name, layout in layouts.items()}
     times = race(DEVICE)(step_of(module, torch.channels_last), peers)
-    facts = dict(op="ConvBNAct", sample=f"{layer}, batch {batch}", backend=DEVICE, skipped={})
-    record(benchmark, times, 6 * products(module, x), 4 * x.numel() * x.element_size(), DEVICE, x.dtype, **facts, **{"pass": "training"})
+    moved = 4 * x.numel() * x.element_size()
+    record(benchmark, times, flops, moved, DEVICE, x.dtype, backend=DEVICE, skipped={}, **facts, **{"pass": "training"})
 
 
 class PlainConvNeXt(nn.Module):

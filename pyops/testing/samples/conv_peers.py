@@ -31,6 +31,8 @@ class Block(nn.Module):
         O, C = weight.shape[0], weight.shape[1] * groups
         self.conv = nn.Conv2d(C, O, tuple(weight.shape[2:]), groups=groups, bias=bias is not None, **given)  # type: ignore[arg-type]
         self.norm = nn.BatchNorm2d(O) if "running_mean" in options else nn.Identity()
+        if "upsample" in options or "pool" in options or "residual" in options:
+            raise ValueError("upsampling, pooling and residuals are timed as modules, in bench_around.py")
         self.activation, self.slope = REFERENCE[options.get("activation", "none")], options.get("negative_slope", 0.01)
         state = {"conv.weight": weight, "conv.bias": bias}
         pairs = (("running_mean", "running_mean"), ("running_var", "running_var"), ("weight", "bn_weight"), ("bias", "bn_bias"))
