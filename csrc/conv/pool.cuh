@@ -38,7 +38,7 @@ struct PoolParams : ChannelParams {
   bool maximum;
 };
 
-// Over the windows, or over the input's positions.
+// To walk over the windows, or over the input's positions.
 inline PoolParams pool_params(const Pooling& p, const ChannelCut& cut, bool windows) {
   PoolParams params{};
   params.input = p.input, params.grad = p.grad, params.affine = p.affine, params.terms = p.terms, params.output = p.output;
@@ -74,10 +74,12 @@ void with_pool_channels(const Pooling& p, F&& f) {
   });
 }
 
+// Of the windows, or of the input's positions.
 template <int kBytes>
-ChannelCut cut_windows(const Pooling& p, int blocks_per_sm) {
-  if (p.N * p.H * p.W > INT32_MAX / 2) throw std::runtime_error("pooling kernels on a GPU: up to 2^30 positions");
-  return cut_channels(p.N * p.OH * p.OW, 1, p.C, pool_vector<kBytes>(p), blocks_per_sm);
+ChannelCut cut_pool(const Pooling& p, bool windows, int blocks_per_sm) {
+  const int64_t in = p.N * p.H * p.W, out = p.N * p.OH * p.OW;
+  if (in > INT32_MAX / 2 || out > INT32_MAX / 2) throw std::runtime_error("pooling kernels on a GPU: up to 2^30 positions");
+  return cut_channels(windows ? out : in, 1, p.C, pool_vector<kBytes>(p), blocks_per_sm);
 }
 
 // The part of a window that lies in the image, from its first position on.

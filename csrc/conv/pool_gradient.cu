@@ -133,12 +133,12 @@ pool_gradient_runs(PoolParams p) {
 
 }  // namespace
 
-size_t pool_reduce_workspace(const Pooling& p) { return p.N * p.C == 0 ? 0 : partial_bytes(cut_windows<8>(p, kReduceBlocks), 2 * p.C); }
+size_t pool_reduce_workspace(const Pooling& p) { return p.N * p.C == 0 ? 0 : partial_bytes(cut_pool<8>(p, true, kReduceBlocks), 2 * p.C); }
 
 void pool_reduce(const Pooling& p, void* workspace, cudaStream_t stream) {
   if (p.C == 0) return;
   if (p.N == 0) return zero_async(p.sums, sizeof(float) * 2 * p.C, stream);
-  const ChannelCut cut = cut_windows<8>(p, kReduceBlocks);
+  const ChannelCut cut = cut_pool<8>(p, true, kReduceBlocks);
   PoolParams params = pool_params(p, cut, true);
   params.partials = cut.slots == 1 ? p.sums : static_cast<float*>(workspace);
   with_pool_channels<8>(p, [&](auto type, auto v) {
@@ -150,7 +150,7 @@ void pool_reduce(const Pooling& p, void* workspace, cudaStream_t stream) {
 
 void pool_gradient(const Pooling& p, cudaStream_t stream) {
   if (p.N * p.C == 0) return;
-  const ChannelCut cut = cut_channels(p.N * p.H * p.W, 1, p.C, pool_vector<16>(p), kGradientBlocks);
+  const ChannelCut cut = cut_pool<16>(p, false, kGradientBlocks);
   PoolParams params = pool_params(p, cut, false);
   if (p.activation == Activation::none && !p.terms) params.input = nullptr;  // not needed
   with_pool_channels<16>(p, [&](auto type, auto v) {

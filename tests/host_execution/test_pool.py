@@ -19,6 +19,7 @@ from .test_faults import run_sanitized
 
 NONE, RELU, SILU = (NAMES.index(name) for name in ("none", "relu", "silu"))
 WINDOWS = {  # (N, C, H, W), kernel, stride, padding
+    "fours": ((1, 16, 9, 13), (4, 4), (2, 3), (1, 0)),
     "halves": ((3, 16, 8, 6), (2, 2), (2, 2), (0, 0)),
     "odd sizes": ((2, 13, 9, 7), (2, 2), (2, 2), (0, 0)),
     "overlapping": ((2, 16, 9, 12), (3, 3), (2, 2), (1, 1)),
@@ -200,10 +201,13 @@ def test_nothing_to_do(library, kernels, shape):
 
 
 def test_what_does_not_fit_an_index_is_refused(library, kernels):
-    x = torch.zeros(1, 1, 1, 8).expand(2**14, 2**17, 1, 8)
-    for kernel in ((1, 1), (17, 1)):  # too many windows, and few windows of too many positions
-        with pytest.raises(RuntimeError, match=r"up to 2\^30 positions"):
-            kernels.call("run", x, (kernel, kernel, (0, 0), NONE, 0.0), True)
+    """Too many windows, and few windows of too many positions."""
+    for N, H, kernel, padding in ((2**14, 2**17, 1, 0), (2**14, 2**17, 17, 0), (2**29, 1, 2, 1)):
+        x = torch.zeros(1, 1, 1, 8).expand(N, H, 1, 8)
+        window = ((kernel, 1), (1 if kernel < 3 else kernel, 1), (padding, 0), NONE, 0.0)
+        for op in ("run", "reduce", "gradient"):
+            with pytest.raises(RuntimeError, match=r"up to 2\^30 positions"):
+                kernels.call(op, x, window, True)
 
 
 def test_no_kernel_touches_memory_it_should_not(sanitizers, builder, tmp_path):
