@@ -181,6 +181,12 @@ def multiplies_and_convolves(kernel: str, text: str) -> list[str]:
     return faults if "FFMA" in text else [*faults, "the depthwise part must be float32's own"]
 
 
+def multiplies_in_registers(kernel: str, text: str) -> list[str]:
+    """mlp_rows<dtype, width, groups>: both products on tensor cores, the hidden rows between them in registers."""
+    faults = [] if ("HMMA.16816.F32" if is_16bit(kernel) else "HMMA.1688.F32.TF32") in text else ["products must run on tensor cores"]
+    return faults + (["hidden rows must not pass through shared memory"] if re.search(r"\bSTS\b", text) else [])
+
+
 def reads_rows_128(kernel: str, text: str) -> list[str]:
     return [] if "LDG.E.128" in text else ["no 128-bit loads from global memory"]
 
@@ -226,6 +232,8 @@ DESIGN: dict[str, list[Callable[[str, str], list[str]]]] = {
     "layer_norm_planes": [computes_in_float32],
     "layer_norm_planes_gradient": [computes_in_float32],
     "layer_norm_planes_sums": [computes_in_float32],
+    "mlp_rows": [multiplies_in_registers, reads_shared_128, copies_asynchronously, reads_rows_128],
+    "mlp_pack_pieces": [],
     "pointwise_tile": [multiplies_as_named, reads_rows_128, reads_shared_128, copies_asynchronously],
     "pointwise_pack": [],
     "expand_depthwise": [multiplies_and_convolves, reads_shared_128, copies_asynchronously],

@@ -1,4 +1,4 @@
-"""The CPU's fused MLP against the layers it stands for."""
+"""The fused MLP on a CPU against the layers it stands for; the GPU's is in tests/host_execution and tests/gpu."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pyops import _library
-from pyops.ops import _activations, _mlp_ops  # noqa: F401  (registers the ops)
+from pyops.ops import _activations, _mlp_ops
 from pyops.testing import poison, within_gate
 
 pytestmark = pytest.mark.skipif(_library.extension is None, reason=str(_library.not_loaded_reason()))
@@ -120,6 +120,20 @@ def test_refusals(change, match):
         torch.ops.pyops.mlp_infer(given["x"], given["packed"], given["residual"], given["hidden"], 4, True, EPS, given["activation"], 0.0)
     with pytest.raises(RuntimeError, match="second: expected first's dtype"):
         torch.ops.pyops.mlp_pack(first, first_bias, second[:, :-1], second_bias)
+
+
+def test_what_the_gpu_takes():
+    most, switch = _mlp_ops.MOST, torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    try:
+        for precision, taken in (("tf32", True), ("ieee", False)):
+            switch.fp32_precision = precision
+            assert _mlp_ops.cuda_takes(most, most, torch.float32) is taken
+            assert _mlp_ops.cuda_takes(most, 1, torch.bfloat16) and _mlp_ops.cuda_takes(1, most, torch.float16)
+            assert not _mlp_ops.cuda_takes(most + 1, 8, torch.bfloat16) and not _mlp_ops.cuda_takes(8, most + 1, torch.bfloat16)
+            assert not _mlp_ops.cuda_takes(8, 8, torch.float64)
+    finally:
+        switch.fp32_precision = before
 
 
 CODE = """

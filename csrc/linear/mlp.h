@@ -18,7 +18,7 @@ struct MlpSizes {
 };
 
 struct MlpWeights {
-  DType dtype;  // f32 or bf16
+  DType dtype;  // f32 or bf16; on a GPU f16 as well
   const void *first, *second;
   const float *first_bias, *second_bias;  // [H], [O]
 };

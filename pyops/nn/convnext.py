@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyops import _backends
 from pyops.nn._derived import Derived, has_hooks, is_plain
 from pyops.nn.conv import DropPath, can_fold
-from pyops.ops import _activations, _conv_call, _mlp_ops  # noqa: F401  (registers the ops)
+from pyops.ops import _activations, _conv_call, _mlp_ops
 from pyops.ops.depthwise_conv import depthwise_conv_bn_act, run_folded
 
 GELU = _activations.NAMES.index("gelu")
@@ -30,9 +30,10 @@ class Permute(nn.Module):
 class ConvNeXtBlock(nn.Module):
     """``input + drop_path(layer_scale * mlp(layer_norm(depthwise7x7(input))))``: torchvision's CNBlock, names and results.
 
-    ``[N, dim, H, W] -> [N, dim, H, W]``, fast in channels_last. The MLP widens to ``4 * dim`` with GELU between. Without gradients on a CPU
-    the block is two kernels: the depthwise convolution, and all the rest, whose hidden rows stay in each core's cache. LayerNorm's affine
-    and the layer scale are folded into the layers' weights, which are packed once and again when a parameter changes.
+    ``[N, dim, H, W] -> [N, dim, H, W]``, fast in channels_last. The MLP widens to ``4 * dim`` with GELU between. Without gradients the
+    block is two kernels: the depthwise convolution, and all the rest, whose hidden rows stay in each core's cache, or on a GPU in
+    registers: there if ``backend="cuda"`` is asked for, dim is at most 192 and, in float32, torch's switch lets linear layers use TF32.
+    LayerNorm's affine and the layer scale are folded into the layers' weights, which are packed once and again when a parameter changes.
 
     Source: Liu et al., 2022 (A ConvNet for the 2020s).
     """
@@ -74,8 +75,12 @@ class ConvNeXtBlock(nn.Module):
         return self.stochastic_depth(self.layer_scale * self.block[1:](y)) + input
 
     def _has_kernel(self, input: Tensor) -> bool:
-        wished = _backends.requested(self.backend) in ("auto", "cpu") and not torch.compiler.is_compiling()
-        return wished and _conv_call.unsupported(input.device.type, input.dtype, "cpu") is None
+        wished, dim = _backends.requested(self.backend), input.shape[1]
+        if wished not in ("auto", "cpu", "cuda") or torch.compiler.is_compiling():
+            return False
+        backend = "cuda" if wished == "cuda" else "cpu"  # on a GPU, too, "auto" takes PyTorch's layers first
+        fits = backend == "cpu" or _mlp_ops.cuda_takes(dim, dim, input.dtype)
+        return fits and _conv_call.unsupported(input.device.type, input.dtype, backend) is None
 
     def _is_standard(self) -> bool:
         parts: list[Any] = list(self.block)
@@ -105,7 +110,9 @@ class ConvNeXtBlock(nn.Module):
     def _pack(self, parts: list[Any]) -> Tensor:
         """Both layers for the fused MLP: LayerNorm's affine in the first, the layer scale in the second."""
         norm, widen, narrow = parts[2], parts[3], parts[5]
-        scale, kind = self.layer_scale.flatten().float(), torch.bfloat16 if widen.weight.dtype == torch.bfloat16 else torch.float32
+        scale, kind = self.layer_scale.flatten().float(), widen.weight.dtype
+        if kind == torch.float16 and not widen.weight.is_cuda:
+            kind = torch.float32  # a CPU multiplies no float16
         first, second = widen.weight.float(), narrow.weight.float() * scale[:, None]
         first_bias = widen.bias.float() if norm.bias is None else widen.bias.float() + first @ norm.bias.float()
         first = first if norm.weight is None else first * norm.weight.float()

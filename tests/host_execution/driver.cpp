@@ -9,6 +9,7 @@
 #include "../../csrc/conv/expand_depthwise_cuda.h"
 #include "../../csrc/conv/pointwise_cuda.h"
 #include "../../csrc/conv/pool_cuda.h"
+#include "../../csrc/linear/mlp_cuda.h"
 #include "../../csrc/norm/channel_norms_cuda.h"
 #include "../../csrc/rnn/scan.cuh"
 
@@ -178,6 +179,18 @@ int host_layer_norm_workspace(const norm::LayerNorm* p, int64_t* bytes, char* er
 
 int host_layer_norm(int gradient, const norm::LayerNorm* p, void* workspace, char* error, int error_bytes) {
   return guarded(error, error_bytes, [&] { gradient ? norm::layer_norm_gradient(*p, workspace, nullptr) : norm::layer_norm(*p, nullptr); });
+}
+
+int host_mlp_floats(const linear::MlpSizes* sizes, int dtype, int64_t* floats, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { *floats = linear::MlpCudaLayout(*sizes, static_cast<linear::DType>(dtype)).floats; });
+}
+
+int host_mlp_pack(const linear::MlpSizes* sizes, const linear::MlpWeights* weights, float* packed, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { linear::mlp_pack_cuda(*sizes, *weights, packed, nullptr); });
+}
+
+int host_mlp(const linear::Mlp* p, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { linear::mlp_cuda(*p, nullptr); });
 }
 
 // The names, one per line, of kernels that were launched on the host and are not in the registry. Returns the text's length.

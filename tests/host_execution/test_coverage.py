@@ -8,7 +8,7 @@ import pytest
 from pyops import kernels as budgets
 
 from ..budgets import differences
-from . import channel, channel_norms, dense, depthwise, expand_depthwise, pointwise, pool, rnn
+from . import channel, channel_norms, dense, depthwise, expand_depthwise, mlp, pointwise, pool, rnn
 from .harness import ROOT, kernel_sources, kernel_table
 
 
@@ -18,7 +18,12 @@ def every_convolution(library):
 
 
 # by family, the folder in csrc/: launches each instance of each of its kernels
-EVERY_KERNEL = {"conv": every_convolution, "norm": channel_norms.every_kernel, "rnn": rnn.every_kernel}
+EVERY_KERNEL = {
+    "conv": every_convolution,
+    "linear": mlp.every_kernel,
+    "norm": channel_norms.every_kernel,
+    "rnn": rnn.every_kernel,
+}
 
 
 @pytest.fixture(scope="module")
