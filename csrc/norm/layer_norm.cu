@@ -5,17 +5,18 @@
 //
 //   input, grad, output: rows [N, P, C] or planes [N, C, P];  weight, bias [C];  statistics [N*P, 2] = mean, rstd
 //
-// rows: a group of 1 to 32 lanes has a position, each lane up to kHeld vectors of 16 bytes (or single channels) in registers; longer rows
-// are read again, from L1, for each of the steps. planes: a lane has a position and eight warps a channel in eight each, read again from
-// L1. The variance is the mean of squared deviations in both. The gradient leaves mean and rstd of each position to layer_norm_sums.cu.
-// Floors: input read once, output written once; in the gradient input and grad twice, output once.
-// Source: Ba et al., "Layer Normalization", 2016.
+// rows: a group of 1 to 32 lanes has a position, each lane 4 or 8 vectors of 16 bytes (or single channels) in registers; longer
+// rows are read again, from L1, for each of the steps. planes: a lane has a position and eight warps a channel in eight each, read again
+// from L1. The variance is the mean of squared deviations in both. The gradient leaves mean and rstd of each position to
+// layer_norm_sums.cu. Floors: input read once, output written once; in the gradient input and grad twice, output once. Source: Ba et al.,
+// "Layer Normalization", 2016.
 #include "norms.cuh"
 
 namespace pyops::norm {
 namespace {
 
-constexpr int kMostHeld = 8;
+constexpr int kFewHeld = 4, kMostHeld = 8;  // vectors of a row in a lane's registers: up to 1024 and 2048 channels of 16 bits
+
 struct LayerNormParams {
   const void *input, *grad;
   const float *weight, *bias;
@@ -266,8 +267,8 @@ LayerNormParams layer_norm_params(const LayerNorm& p) {
   if (p.C > INT32_MAX / 2) throw std::runtime_error("LayerNorm on a GPU: up to 2^30 channels");
   LayerNormParams params{p.input, p.grad, p.weight, p.bias, p.output, nullptr, p.N * p.P, p.C, p.P, 1, p.eps};
   params.share = 1.f / static_cast<float>(p.C);
-  // as few lanes as have four vectors each: the fewer, the less of a row's end is idle
-  for (const int64_t vectors = p.C / row_vector(p); params.lanes < kWarpSize && params.lanes * 4 < vectors;) params.lanes *= 2;
+  // as few lanes as have kFewHeld vectors each: the fewer, the less of a row's end is idle
+  for (const int64_t vectors = p.C / row_vector(p); params.lanes < kWarpSize && params.lanes * kFewHeld < vectors;) params.lanes *= 2;
   return params;
 }
 
@@ -284,9 +285,10 @@ void with_rows(const LayerNorm& p, F&& f) {
   with_type(p.dtype, [&](auto type) {
     constexpr int V = 16 / sizeof(type);
     const int vector = row_vector(p);
-    const bool held = p.C / vector <= kMostHeld * kWarpSize;
+    const int64_t each = ceil_div(p.C / vector, int64_t{kWarpSize});  // of a lane, where a group is a warp
     const auto with_held = [&](auto v) {
-      if (held) f(type, v, std::integral_constant<int, kMostHeld>{});
+      if (each <= kFewHeld) f(type, v, std::integral_constant<int, kFewHeld>{});
+      else if (each <= kMostHeld) f(type, v, std::integral_constant<int, kMostHeld>{});
       else f(type, v, std::integral_constant<int, 0>{});
     };
     if (vector == V) with_held(std::integral_constant<int, V>{});
@@ -333,11 +335,12 @@ void layer_norm_gradient(const LayerNorm& p, void* workspace, cudaStream_t strea
   layer_norm_sums(p, params.statistics, reinterpret_cast<float*>(params.statistics + p.N * p.P), stream);
 }
 
-#define PYOPS_ROW_KERNELS(T, V, kHeld) \
-  PYOPS_KERNEL_INFO(layer_norm_rows, T, V, kHeld), PYOPS_KERNEL_INFO(layer_norm_rows_gradient, T, V, kHeld)
-#define PYOPS_LAYER_NORM_KERNELS(T, V)                                                                            \
-  PYOPS_ROW_KERNELS(T, V, 8), PYOPS_ROW_KERNELS(T, V, 0), PYOPS_ROW_KERNELS(T, 1, 8), PYOPS_ROW_KERNELS(T, 1, 0), \
-      PYOPS_KERNEL_INFO(layer_norm_planes, T), PYOPS_KERNEL_INFO(layer_norm_planes_gradient, T)
+#define PYOPS_ROW_KERNELS(kernel, T, V) \
+  PYOPS_KERNEL_INFO(kernel, T, V, 4), PYOPS_KERNEL_INFO(kernel, T, V, 8), PYOPS_KERNEL_INFO(kernel, T, V, 0)
+#define PYOPS_LAYER_NORM_KERNELS(T, V)                                                                                                   \
+  PYOPS_ROW_KERNELS(layer_norm_rows, T, V), PYOPS_ROW_KERNELS(layer_norm_rows, T, 1), PYOPS_ROW_KERNELS(layer_norm_rows_gradient, T, V), \
+      PYOPS_ROW_KERNELS(layer_norm_rows_gradient, T, 1), PYOPS_KERNEL_INFO(layer_norm_planes, T),                                        \
+      PYOPS_KERNEL_INFO(layer_norm_planes_gradient, T)
 
 static const KernelRegistration registration({
     PYOPS_LAYER_NORM_KERNELS(float, 4),

@@ -81,6 +81,7 @@ SHAPES = {  # N, P, C: vectors and single channels, one position, more channels 
     "odd": (2, 99, 13),
     "one_position": (5, 1, 24),
     "wide": (2, 9, 2200),
+    "less_wide": (1, 5, 1160),
     "wide_and_odd": (1, 3, 517),
     "one_channel": (1, 221, 1),
     "few_channels": (2, 16, 6),
@@ -148,7 +149,8 @@ def every_kernel(library):
                     kernels.lrn_grad(x, x, rows, size, 1e-4, 0.75, 1.0, False)
                 kernels.layer_norm(x, rows, None, None, 1e-6)
                 kernels.layer_norm_grad(x, x, rows, None, 1e-6, True)
-        for C in (8 * 32 * 16 // dtype.itemsize + 16, 32 * 8 + 1):  # more than a group of lanes holds
+        vector = 16 // dtype.itemsize
+        for C in (32 * 4 * vector + vector, 32 * 8 * vector + vector, 32 * 4 + 1, 32 * 8 + 1):  # more than lanes hold of few, of any
             x = torch.ones(1, 2, C, dtype=dtype)
             kernels.layer_norm(x, True, None, None, 1e-6)
             kernels.layer_norm_grad(x, x, True, None, 1e-6, True)
