@@ -30,10 +30,17 @@ class Permute(nn.Module):
 class ConvNeXtBlock(nn.Module):
     """``input + drop_path(layer_scale * mlp(layer_norm(depthwise7x7(input))))``: torchvision's CNBlock, names and results.
 
-    ``[N, dim, H, W] -> [N, dim, H, W]``, fast in channels_last. The MLP widens to ``4 * dim`` with GELU between. Without gradients the
-    block is two kernels: the depthwise convolution, and all the rest, whose hidden rows stay in each core's cache, or on a GPU in
-    registers: there if ``backend="cuda"`` is asked for, dim is at most 192 and, in float32, torch's switch lets linear layers use TF32.
-    LayerNorm's affine and the layer scale are folded into the layers' weights, which are packed once and again when a parameter changes.
+        wished, dim = _backends.requested(self.backend), input.shape[1]
+        if torch.compiler.is_compiling() or wished not in ("auto", "cpu", "cuda", "triton"):
+            return False
+        backend = wished if wished in ("cuda", "triton") else "cpu"  # on a GPU, too, "auto" takes PyTorch's layers first
+        if _conv_call.unsupported(input.device.type, input.dtype, backend) is not None:
+            return False
+        if backend == "cpu":
+            return True
+        if input.dtype == torch.float16:  # no room for weights times a layer scale of 1e-6
+            return False
+        return _mlp_ops.cuda_takes(dim, dim, input.dtype) if backend == "cuda" else _mlp_ops.unsupported_by_triton(dim, dim) is None
 
     Source: Liu et al., 2022 (A ConvNet for the 2020s).
     """
@@ -76,11 +83,16 @@ class ConvNeXtBlock(nn.Module):
 
     def _has_kernel(self, input: Tensor) -> bool:
         wished, dim = _backends.requested(self.backend), input.shape[1]
-        if wished not in ("auto", "cpu", "cuda") or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or wished not in ("auto", "cpu", "cuda", "triton"):
             return False
-        backend = "cuda" if wished == "cuda" else "cpu"  # on a GPU, too, "auto" takes PyTorch's layers first
-        fits = backend == "cpu" or _mlp_ops.cuda_takes(dim, dim, input.dtype)
-        return fits and _conv_call.unsupported(input.device.type, input.dtype, backend) is None
+        backend = wished if wished in ("cuda", "triton") else "cpu"  # on a GPU, too, "auto" takes PyTorch's layers first
+        if _conv_call.unsupported(input.device.type, input.dtype, backend) is not None:
+            return False
+        if backend == "cpu":
+            return True
+        if input.dtype == torch.float16:  # no room for weights times a layer scale of 1e-6
+            return False
+        return _mlp_ops.cuda_takes(dim, dim, input.dtype) if backend == "cuda" else _mlp_ops.unsupported_by_triton(dim, dim) is None
 
     def _is_standard(self) -> bool:
         parts: list[Any] = list(self.block)
@@ -99,21 +111,28 @@ class ConvNeXtBlock(nn.Module):
     def _infer(self, input: Tensor) -> Tensor:
         parts: list[Any] = list(self.block)
         conv, norm, dim = parts[0], parts[2], input.shape[1]
-        packed = self._kept.get(self, lambda: self._pack(parts), input.dtype)
+        triton = _backends.requested(self.backend) == "triton"
+        weights = self._kept.get(self, lambda: self._fold(parts) if triton else self._pack(parts), (input.dtype, triton))
         image = input.contiguous(memory_format=torch.channels_last)
         shape: dict[str, Any] = dict(stride=(1, 1), padding=(3, 3), dilation=(1, 1), activation="none", means=False, backend=self.backend)
         y, _ = run_folded(image, conv.weight, conv.bias, **shape)
         rows, residual = (t.permute(0, 2, 3, 1).reshape(-1, dim) for t in (y, image))
-        output = torch.ops.pyops.mlp_infer.default(rows, packed, residual, 4 * dim, dim, True, norm.eps, GELU, 0.0)
+        if triton:
+            output = torch.ops.pyops.mlp_run.triton(rows, *weights, residual, True, norm.eps, GELU, 0.0)
+        else:
+            output = torch.ops.pyops.mlp_infer.default(rows, weights, residual, 4 * dim, dim, True, norm.eps, GELU, 0.0)
         return _conv_call.in_layout_of(output.view(image.shape[0], *image.shape[2:], dim).permute(0, 3, 1, 2), input)
 
     def _pack(self, parts: list[Any]) -> Tensor:
-        """Both layers for the fused MLP: LayerNorm's affine in the first, the layer scale in the second."""
+        """Both layers for the CPU's fused MLP."""
+        return torch.ops.pyops.mlp_pack.default(*self._fold(parts))
+
+    def _fold(self, parts: list[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Both layers, with LayerNorm's affine in the first and the layer scale in the second."""
         norm, widen, narrow = parts[2], parts[3], parts[5]
         scale, kind = self.layer_scale.flatten().float(), widen.weight.dtype
-        if kind == torch.float16 and not widen.weight.is_cuda:
-            kind = torch.float32  # a CPU multiplies no float16
+        kind = torch.float32 if kind == torch.float16 else kind  # a CPU multiplies no float16
         first, second = widen.weight.float(), narrow.weight.float() * scale[:, None]
         first_bias = widen.bias.float() if norm.bias is None else widen.bias.float() + first @ norm.bias.float()
         first = first if norm.weight is None else first * norm.weight.float()
-        return torch.ops.pyops.mlp_pack.default(first.to(kind), first_bias, second.to(kind), narrow.bias.float() * scale)
+        return first.to(kind), first_bias, second.to(kind), narrow.bias.float() * scale
