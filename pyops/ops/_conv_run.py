@@ -256,11 +256,16 @@ def convolve(
 
 def winograd(input: Tensor, weight: Tensor, call: Conv, keeps: bool = False) -> int:
     """m of the Winograd convolution that is fastest; 0: none. keeps: the points of the filters are kept."""
+    times = winograd_times(input, weight, call, keeps)
+    return min(times, key=lambda m: times[m]) if times else 0
+
+
+def winograd_times(input: Tensor, weight: Tensor, call: Conv, keeps: bool = False) -> dict[int, float]:
+    """As `_winograd_ops.expected_times` has them."""
     if call.transposed or input.dim() != 4 or _conv_call.is_recorded():
-        return 0
-    return _winograd_ops.size_of_tile(
-        _vendor_conv.seen(input.shape, call), weight, call.stride, call.padding, call.dilation, call.groups, keeps
-    )
+        return {}
+    numbers = (call.stride, call.padding, call.dilation, call.groups)
+    return _winograd_ops.expected_times(_vendor_conv.seen(input.shape, call), weight, *numbers, keeps)
 
 
 def _with_rows(t: Tensor) -> Tensor:

@@ -49,13 +49,19 @@ _library.define(
 def size_of_tile(shape: tuple[int, ...], weight: Tensor, stride, padding, dilation, groups: int, keeps: bool) -> int:
     """m of the F(m x m, 3x3) for a CPU convolution of an image of `shape`, 0 where a direct convolution is expected to be faster or this
     is none of Winograd's. `keeps`: the points of the filters are kept from call to call."""
+    times = expected_times(shape, weight, stride, padding, dilation, groups, keeps)
+    return min(times, key=lambda m: times[m]) if times else 0
+
+
+def expected_times(shape: tuple[int, ...], weight: Tensor, stride, padding, dilation, groups: int, keeps: bool) -> dict[int, float]:
+    """Seconds by m, of a direct convolution by 0; Winograd's with the margin that they must promise. Empty where they have no say."""
     plain = tuple(stride) == (1, 1) and tuple(dilation) == (1, 1) and groups == 1
     if not plain or weight.dim() != 4 or tuple(weight.shape[2:]) != (3, 3) or not _allowed():
-        return 0
+        return {}
     N, C, H, W = shape
     O, OH, OW = weight.shape[0], H + 2 * padding[0] - 2, W + 2 * padding[1] - 2
     if N == 0 or min(OH, OW) < 1 or C < 16 or O < 16:
-        return 0
+        return {}
     times = {0: 18e-9 * N * OH * OW * C * O / _DIRECT}
     for m in (2, 4):
         points, tiles = (m + 2) ** 2, N * -(-OH // m) * -(-OW // m)
@@ -63,7 +69,7 @@ def size_of_tile(shape: tuple[int, ...], weight: Tensor, stride, padding, dilati
         arithmetic = 2e-9 * points * tiles * C * O / _DIRECT + points * 8e-11 * tiles * (C + O)
         reads = size / (_L3 if size < _L3_SIZE else _MEMORY)
         times[m] = _MARGIN * (arithmetic + reads + (0.0 if keeps else size / _WRITES + 1e-4))
-    return min(times, key=lambda m: times[m])
+    return times
 
 
 # Two cores of Zen 4: GFLOP/s of products, GB/s of points of filters from L3 and from memory, GB/s of writing them, and how much faster

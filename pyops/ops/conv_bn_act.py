@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyops import _backends
 from pyops.ops import _activations, _conv_call, _conv_checks, _conv_run, _fused_ops, _vendor_conv
-from pyops.ops._vendor_conv import Conv
+from pyops.ops._vendor_conv import UPSAMPLINGS, Conv
 from pyops.ops.batch_norm_act import batch_norm_act, constant_statistics, statistics_of
 from pyops.ops.depthwise_conv import check_statistics
 
@@ -196,13 +196,25 @@ def _call(op: str, call: Conv, tensors, statistics, training: bool, momentum: fl
 
 
 def _describe(call: Conv, input: Tensor, weight: Tensor, training: bool) -> str:
-    m = _conv_run.winograd(input, weight, call)
     kernel = "x".join(map(str, weight.shape[2:]))
     text = f"{input.device.type}, {str(input.dtype)[6:]}, shape {tuple(input.shape)}, kernel {kernel}, stride {call.stride}"
-    if input.is_cpu:
-        way = f"Winograd F({m}x{m}, 3x3)" if m else "oneDNN, fused" if _vendor_conv.fused_by(input, call) else "PyTorch's convolution"
-        text += f", cpu is {way}"
-    return text + (", training" if training else "")
+    text += f", {UPSAMPLINGS[call.upsample]} upsampling" if call.upsample else ""
+    if call.pool is not None:
+        text += f", {'max' if call.pool.maximum else 'average'} pooling {call.pool.kernel}"
+    return text + (", training" if training else "") + (f", cpu is {_way_on_cpu(call, input, weight)}" if input.is_cpu else "")
+
+
+def _way_on_cpu(call: Conv, input: Tensor, weight: Tensor) -> str:
+    """What the CPU's kernels are for a call, and why."""
+    m, times = _conv_run.winograd(input, weight, call), _conv_run.winograd_times(input, weight, call)
+    engine = "oneDNN, fused" if _vendor_conv.fused_by(input, call) else "PyTorch's convolution"
+    if not times:
+        return engine
+    found = ", ".join(f"{name} {times[n] * 1e3:.3g} ms" for n, name in ((4, "F(4x4)"), (2, "F(2x2)"), (0, "direct")))
+    return f"{f'Winograd F({m}x{m}, 3x3)' if m else engine} (expected: {found})"
+
+
+_POOL = (("pool_size", 2), ("pool_stride", None), ("pool_padding", 0))
 
 
 def _explainer(op: str, transposed: bool):
@@ -212,6 +224,9 @@ def _explainer(op: str, transposed: bool):
         stride, dilation = _conv_checks.stride_and_dilation("explain", input, weight, stride, dilation, groups, transposed)
         pads, _ = _conv_checks.pads("explain", padding, weight.shape[2:], stride, dilation)
         call = Conv(stride, pads, dilation, groups, (0,) * len(stride) if transposed else None)
+        rank, windows = len(stride), (options.get(name, default) for name, default in _POOL)
+        pool = _conv_checks.pooling("explain", options.get("pool"), *windows, rank)
+        call = call._replace(upsample=_conv_checks.upsampling("explain", options.get("upsample"), rank), pool=pool)
         vectors = (options.get(name) for name in ("bn_weight", "bn_bias", "residual"))
         tensors = (input, weight, bias, *statistics, *vectors)
         facts, text = _conv_run.facts_of(op, input, tensors), _describe(call, input, weight, options.get("training", False))
