@@ -206,12 +206,26 @@ def test_refusals():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at its own copies
 @pytest.mark.parametrize("kind", ["lrn", "layer_norm"])
 def test_opcheck(kind):
-    x = torch.randn(2, 6, 7, requires_grad=True)
-    for rows in (False, True):
-        vector = torch.randn(7 if rows else 6, requires_grad=True)
+    for memory_format in LAYOUTS.values():
+        x = torch.randn(2, 6, 7, 3).contiguous(memory_format=memory_format).requires_grad_()
+        grad, image, vector = torch.randn(2, 6, 7, 3), x.detach(), torch.randn(6, requires_grad=True)
         if kind == "lrn":
-            torch.library.opcheck(torch.ops.pyops.lrn_fwd.default, (x, rows, 3, 0.1, 0.75, 1.0, True))
-            torch.library.opcheck(torch.ops.pyops.lrn_bwd.default, (x.detach(), x.detach(), rows, 3, 0.1, 0.75, 1.0, True))
+            torch.library.opcheck(torch.ops.pyops.lrn_fwd.default, (x, 3, 0.1, 0.75, 1.0, True))
+            torch.library.opcheck(torch.ops.pyops.lrn_bwd.default, (grad, image, 3, 0.1, 0.75, 1.0, True))
         else:
-            torch.library.opcheck(torch.ops.pyops.layer_norm_fwd.default, (x, rows, vector, vector, 1e-5))
-            torch.library.opcheck(torch.ops.pyops.layer_norm_bwd.default, (x.detach(), x.detach(), rows, vector.detach(), 1e-5, True))
+            torch.library.opcheck(torch.ops.pyops.layer_norm_fwd.default, (x, vector, vector, 1e-5))
+            torch.library.opcheck(torch.ops.pyops.layer_norm_bwd.default, (grad, image, vector.detach(), 1e-5, True))
+
+
+def test_which_backend_runs():
+    """PyTorch's LayerNorm where it is the faster one: channels_last, in training or small."""
+    vectors = torch.ones(24), torch.zeros(24)
+
+    def chosen(size, memory_format, live=False):
+        x = torch.zeros(1, 24, size, size).contiguous(memory_format=memory_format).requires_grad_(live)
+        return pyops.explain("layer_norm_2d", x, *vectors).chosen
+
+    last, contiguous = torch.channels_last, torch.contiguous_format
+    assert [chosen(7, last), chosen(30, last), chosen(30, last, live=True)] == ["eager", "cpu", "eager"]
+    assert [chosen(7, contiguous), chosen(7, contiguous, live=True)] == ["cpu", "cpu"]
+    assert pyops.explain("local_response_norm", torch.zeros(1, 24, 7, 7), 5).chosen == "cpu"

@@ -30,19 +30,20 @@ const Kernels& kernels() {
 
 }  // namespace
 
-NormPlan plan_norm(int64_t N, int64_t P, int64_t C, bool rows, int64_t widest, int64_t lanes) {
-  constexpr int64_t kChunk = 8192, kChunks = 64, kBlocks = 8;  // elements: a few us; blocks: for a share each
+NormPlan plan_norm(int64_t N, int64_t P, int64_t C, bool rows, int64_t widest, int64_t lanes, int64_t sums) {
+  constexpr int64_t kChunks = 64, kBlocks = 8;               // most of a call; least of its images, for a share each
+  const int64_t chunk = std::max<int64_t>(8192, 16 * sums);  // elements: a few us, and much more than its sums cost
   NormPlan plan{};
   if (rows) {
     plan.block = 1, plan.blocks = P;
   } else {
-    const int64_t wanted = std::max((P + widest - 1) / widest, std::min(kBlocks / std::max<int64_t>(N, 1), P * C / kChunk));
+    const int64_t wanted = std::max((P + widest - 1) / widest, std::min(kBlocks / std::max<int64_t>(N, 1), P * C / chunk));
     const int64_t even = (P + std::max<int64_t>(wanted, 1) - 1) / std::max<int64_t>(wanted, 1);
     plan.block = std::max<int64_t>((even + lanes - 1) / lanes * lanes, lanes);
     plan.blocks = (P + plan.block - 1) / plan.block;
   }
   plan.units = N * plan.blocks;
-  plan.chunks = std::clamp<int64_t>(std::min(plan.units, N * P * C / kChunk), 1, kChunks);
+  plan.chunks = std::clamp<int64_t>(std::min(plan.units, N * P * C / chunk), 1, kChunks);
   plan.threads = static_cast<int>(std::min<int64_t>(cpu::max_threads(), plan.chunks));
   return plan;
 }

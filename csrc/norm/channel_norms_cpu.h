@@ -18,8 +18,8 @@ struct NormPlan {
   int64_t block, blocks, units, chunks;
   int64_t begin(int64_t chunk) const { return units * chunk / chunks; }
 };
-// widest: the most positions of a block, a multiple of `lanes`.
-NormPlan plan_norm(int64_t N, int64_t P, int64_t C, bool rows, int64_t widest, int64_t lanes);
+// widest: the most positions of a block, a multiple of `lanes`; sums: of a chunk.
+NormPlan plan_norm(int64_t N, int64_t P, int64_t C, bool rows, int64_t widest, int64_t lanes, int64_t sums);
 
 #define PYOPS_NORM_KERNELS(isa)                 \
   namespace isa {                               \

@@ -52,9 +52,10 @@ struct LayerNormPass {
   }
 
   void run() const {
-    const NormPlan plan = plan_norm(p.N, p.P, p.C, p.rows, 4 * kF, kF);
+    const int64_t sums = gradient ? 2 * p.C : 0;
+    const NormPlan plan = plan_norm(p.N, p.P, p.C, p.rows, 4 * kF, kF, sums);
     run_chunks(
-        plan, 4 * wide, gradient ? 2 * p.C : 0, p.sums, [&](float* scratch) { prepare(scratch); },
+        plan, 4 * wide, sums, p.sums, [&](float* scratch) { prepare(scratch); },
         [&](float* scratch, double* sums, int64_t begin, int64_t end) {
           const Member me(scratch, wide);
           if (p.rows) return run_rows(me, sums, begin, end);

@@ -84,7 +84,7 @@ struct LrnPass {
     if (p.rows) return run_rows();
     // rings in half of a 32 KiB L1
     const int64_t rings = gradient ? 2 * window + before + 1 : window, most = 4096 / rings / kF * kF;
-    const NormPlan plan = plan_norm(p.N, p.P, p.C, false, most < kF ? kF : most < 128 ? most : 128, kF);
+    const NormPlan plan = plan_norm(p.N, p.P, p.C, false, most < kF ? kF : most < 128 ? most : 128, kF, 0);
     run_chunks(
         plan, rings * plan.block, 0, nullptr, [](float*) {},
         [&](float* scratch, double*, int64_t begin, int64_t end) {
@@ -152,7 +152,7 @@ struct LrnPass {
     constexpr int64_t kTogether = 8;  // positions: what is loaded across two stores has long left the store buffer
     const int64_t wide = padded(window - 1 + padded(p.C));
     run_chunks(
-        plan_norm(p.N, p.P, p.C, true, 1, kF), kTogether * wide * (gradient ? 3 : 1), 0, nullptr,
+        plan_norm(p.N, p.P, p.C, true, 1, kF, 0), kTogether * wide * (gradient ? 3 : 1), 0, nullptr,
         [&](float* scratch) { clear(scratch, kTogether * wide * (gradient ? 3 : 1)); },
         [&](float* scratch, double*, int64_t begin, int64_t end) {
           for (int64_t r = begin; r < end; r += kTogether) {

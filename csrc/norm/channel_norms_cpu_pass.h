@@ -45,11 +45,10 @@ void run_chunks(const NormPlan& plan, int64_t floats, int64_t count, float* tota
         }
         if (!c.count) return;
         team.sync();
-        for (int64_t i = c.count * team.rank / team.size; i < c.count * (team.rank + 1) / team.size; ++i) {
-          double sum = 0.0;
-          for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += c.sums[chunk * c.count + i];
-          c.totals[i] = static_cast<float>(sum);
-        }
+        const int64_t first = c.count * team.rank / team.size, last = c.count * (team.rank + 1) / team.size;
+        for (int64_t chunk = 1; chunk < chunks; ++chunk)
+          for (int64_t i = first; i < last; ++i) c.sums[i] += c.sums[chunk * c.count + i];
+        for (int64_t i = first; i < last; ++i) c.totals[i] = static_cast<float>(c.sums[i]);
       },
       &context);
 }

@@ -39,13 +39,20 @@ def layer_norm_2d(
     _check(input, weight, bias)
     if input.device.type == "cuda" and _conv_call.is_autocast("cuda"):  # autocast widens PyTorch's there; on CPUs it does not
         input = input.to(torch.promote_types(input.dtype, torch.float32))
-    name = _conv_call.choose(OP, backend, input)
+    live = _conv_call.needs_grad(input, weight, bias)
+    name = _conv_call.choose(OP, backend, input, _eager_first(input, live))
     if name == "eager":
         return _eager(input, weight, bias, eps)
-    image, rows = _norm_train.laid_out(input)
-    weight, bias = _conv_call.as_vector(weight, image), _conv_call.as_vector(bias, image)
     kernels = _fused_ops.KERNELS[_conv_call.overload(name)]
-    return _norm_train.restored(kernels.layer_norm_fwd(image, rows, weight, bias, float(eps)), input, rows)
+    if live:
+        return kernels.layer_norm_fwd(input, weight, bias, float(eps))
+    return _norm_train.layer_norm(kernels, input, weight, bias, float(eps))
+
+
+def _eager_first(input: Tensor, live: bool) -> bool:
+    """Where channels are neighbours PyTorch's op needs no copies: 0.6 to 1.0 of its speed with gradients and 0.65 to 0.9 without below 400
+    positions, 1.1 to 1.8 from 784 on. Contiguous images: 1.0 to 4.0 without, 0.95 to 3.1 with (float32, 2 cores of Zen 4)."""
+    return input.stride(1) == 1 and (live or input.numel() < 700 * input.shape[1])
 
 
 def _eager(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -70,7 +77,7 @@ def _check(input, weight, bias) -> None:
 def _explain(input, weight=None, bias=None, eps=1e-5, *, backend=None):
     _check(input, weight, bias)
     facts = f"{input.device.type}, {str(input.dtype)[6:]}, shape {tuple(input.shape)}"
-    return _conv_call.explain(OP, facts, backend, input)
+    return _conv_call.explain(OP, facts, backend, input, _eager_first(input, _conv_call.needs_grad(input, weight, bias)))
 
 
 _backends.EXPLAINERS[OP] = _explain

@@ -53,9 +53,9 @@ def local_response_norm(
     relu = activation == "relu"
     if name == "eager":
         return _eager(input.relu() if relu else input, size, alpha, beta, k)
-    image, rows = _norm_train.laid_out(input)
     kernels = _fused_ops.KERNELS[_conv_call.overload(name)]
-    return _norm_train.restored(kernels.lrn_fwd(image, rows, size, float(alpha), float(beta), float(k), relu), input, rows)
+    options = size, float(alpha), float(beta), float(k), relu
+    return kernels.lrn_fwd(input, *options) if _conv_call.needs_grad(input) else _norm_train.lrn(kernels, input, *options)
 
 
 def _eager(a: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
