@@ -68,14 +68,14 @@ def expected_times(shape: tuple[int, ...], weight: Tensor, stride, padding, dila
         size = 4e-9 * points * C * O
         arithmetic = 2e-9 * points * tiles * C * O / _DIRECT + points * 8e-11 * tiles * (C + O)
         reads = size / (_L3 if size < _L3_SIZE else _MEMORY)
-        times[m] = _MARGIN * (arithmetic + reads + (0.0 if keeps else size / _WRITES + 1e-4))
+        times[m] = _MARGIN * (arithmetic + reads + (0.0 if keeps else size / _WRITES + _CALL))
     return times
 
 
-# Two cores of Zen 4: GFLOP/s of products, GB/s of points of filters from L3 and from memory, GB/s of writing them, and how much faster
-# a convolution must promise to be. Measured times of 16 shapes lay within 30 % of these sums, and what was chosen was the fastest of the
+# Two cores of Zen 4: GFLOP/s of products, GB/s of points of filters from L3 and from memory, GB/s of writing them, seconds of the calls
+# around that (copies of the filter, fresh memory), and how much faster a convolution must promise to be. Measured times of 16 shapes lay within 30 % of these sums, and what was chosen was the fastest of the
 # three but on one, by 0.02 ms.
-_DIRECT, _L3, _MEMORY, _WRITES, _L3_SIZE, _MARGIN = 220.0, 90.0, 35.0, 6.0, 0.024, 1.1
+_DIRECT, _L3, _MEMORY, _WRITES, _CALL, _L3_SIZE, _MARGIN = 220.0, 90.0, 35.0, 6.0, 3e-4, 0.024, 1.1
 
 
 def _allowed() -> bool:
