@@ -126,6 +126,18 @@ def test_what_the_dense_design_promises(rows):
         assert budgets.Kernel(row["arch"], "triton", row["kernel"], **row["costs"]).blocks_per_sm >= 2, row
 
 
+@pytest.mark.parametrize("family", configurations.OTHERS, ids=lambda family: family.FAMILY)
+def test_what_the_other_designs_promise(rows, family):
+    """Pooling, the norms over channels, the fused MLP."""
+    found, mlp = [row for row in rows if family.FAMILY in row], family.FAMILY == "mlp"
+    assert len(found) == len(ARCHITECTURES) * len(family.configurations())
+    for row in found:
+        assert row["costs"]["spill_bytes"] <= (0 if is_the_tables_compiler() else SPILLS_FUSED), row
+        assert row["tensor_cores"] == (mlp and row["dtype"] != "f32") and (row["loads_128"] or not row["aligned"]), row
+        # eight warps of the MLP keep 256 sums a row
+        assert budgets.Kernel(row["arch"], "triton", row["kernel"], **row["costs"]).blocks_per_sm >= (1 if mlp else 2), row
+
+
 def test_every_launch_is_a_compiled_configuration():
     """Whatever supported call the dispatcher gets, what it launches is one of those compiled above, for that size or its like."""
     compiled = set()

@@ -13,10 +13,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # this file runs as a script too
 import triton_channel
+import triton_channel_norms
 import triton_dense
 import triton_depthwise
+import triton_mlp
 import triton_pointwise
+import triton_pool
 
+OTHERS = (triton_pool, triton_channel_norms, triton_mlp)
 ARCHITECTURES = {"sm_80": 80, "sm_90a": 90}
 DTYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}  # Triton's names
 TORCH = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
@@ -137,6 +141,12 @@ def main(index: int, count: int, cuobjdump: str) -> None:
             binary = triton_dense.compiled(kernel, shape, dtype, ARCHITECTURES[arch])
             facts = {"dense": kernel, "dtype": dtype, "aligned": triton_dense.aligned(shape), **instructions(binary.asm["ptx"])}
             name = triton_dense.title(kernel, shape, dtype)
+            print(json.dumps({"arch": arch, "kernel": name, "costs": costs(binary, Path(scratch), cuobjdump), **facts}), flush=True)
+        others = [(arch, family, found) for arch in ARCHITECTURES for family in OTHERS for found in family.configurations()]
+        for arch, family, found in others[index::count]:
+            binary = family.compiled(*found, ARCHITECTURES[arch])
+            facts = {family.FAMILY: found[0], "dtype": found[-1], "aligned": family.aligned(*found), **instructions(binary.asm["ptx"])}
+            name = family.title(*found)
             print(json.dumps({"arch": arch, "kernel": name, "costs": costs(binary, Path(scratch), cuobjdump), **facts}), flush=True)
 
 

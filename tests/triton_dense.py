@@ -7,13 +7,15 @@ SHAPES = {  # M, C, O of a group: the tiles that sizes can lead to
     "stem": (10**6, 3, 64), "head": (10**6, 64, 3), "odd": (10**6, 37, 37),
 }  # fmt: skip
 KERNELS = ("run", "transpose_run", "wgrad")
+POOLED = {"bf16": ("deep", "stem", "odd"), "f16": ("deep",), "f32": ("deep", "stem")}
 DTYPES = {"bf16": tuple(SHAPES), "f16": ("deep",), "f32": ("deep", "thin", "stem", "odd"), "tf32": ("deep", "odd")}
 
 
 def configurations() -> list[tuple[str, str, str]]:
     """(kernel, shape, dtype; "tf32" is fp32 multiplied so). A launch is fixed by the tile, which follows from the shape, wgrad's from
-    channels alone; all options are given: less is less code."""
+    channels alone; all options are given: less is less code. What is pooled has neither residual nor moments."""
     found = [(kernel, shape, dtype) for kernel in KERNELS for dtype, shapes in DTYPES.items() for shape in shapes]
+    found += [("run_pooled", shape, dtype) for dtype, shapes in POOLED.items() for shape in shapes]
     return [each for each in found if each[:2] != ("wgrad", "small")]
 
 
@@ -36,7 +38,9 @@ def compiled(kernel: str, shape: str, dtype: str, arch: int):
         config = dense_wgrad.launch_config(C, O, *precision)
         return compile_kernel(dense_wgrad.wgrad_kernel, config, ("grad_ptr", "input_ptr"), kind, arch)
     config = dense_conv.launch_config(M, C, O, 1, *precision)
-    config |= {"TRANSPOSED": kernel == "transpose_run", "ACTIVATION": 3, "RESIDUAL_LAST": False}
+    config |= {"TRANSPOSED": kernel == "transpose_run", "ACTIVATION": 3, "RESIDUAL_LAST": False, "POOL": int(kernel == "run_pooled")}
+    if config["POOL"]:
+        config |= {"residual_ptr": None, "moments_ptr": None}
     return compile_kernel(dense_conv.dense_kernel, config, ("input_ptr", "weight_ptr", "residual_ptr", "output_ptr"), kind, arch)
 
 
@@ -51,7 +55,16 @@ GEOMETRIES = {  # of a convolution: N, C, H, W, O, kernel size, stride, padding,
     "long": (2, 8, 19, 17, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1), "empty": (0, 8, 5, 3, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1),
 }  # fmt: skip
 KINDS = ("f32", "bf16", "f16")
-CHECKS = ("activations", "every_parity", "integers_are_exact", "moments_are_of_what_is_stored", "layouts", "same_bits")
+CHECKS = (
+    "activations",
+    "every_parity",
+    "integers_are_exact",
+    "moments_are_of_what_is_stored",
+    "pools",
+    "pools_nan",
+    "layouts",
+    "same_bits",
+)
 IDS = (
     *(
         f"dense-{kernel}-{dtype}-{name}"
@@ -84,7 +97,7 @@ def draw(name, seed: int, dtype) -> dict:
     return found | {"geometry": geometry}
 
 
-def arguments(kernel: str, t: dict, given: str = "", activation: int = 0, moments: bool = False) -> list:
+def arguments(kernel: str, t: dict, given: str = "", activation: int = 0, moments: bool = False, pool: int = 0) -> list:
     _, _, H, W, _, kernel_size, stride, padding, dilation, groups = t["geometry"]
     places = [list(stride), list(padding)]
     if kernel == "wgrad":
@@ -93,7 +106,7 @@ def arguments(kernel: str, t: dict, given: str = "", activation: int = 0, moment
     options = [t[option + back] if option in given.split() else None for option in ("bias", "residual")]
     places += [[H, W]] if back else []
     before = [t["grad" if back else "input"], t["weight"], *options, *places, list(dilation), groups]
-    return [*before, activation, 0.2, "last" in given, moments]
+    return [*before, activation, 0.2, "last" in given, moments, *([False, pool] if pool else [])]
 
 
 def run(kernel: str, values: list) -> list:
@@ -156,6 +169,8 @@ def parities() -> list[tuple]:
 
 def interpreted(id: str) -> str | None:
     """What misses in one of IDS, or None."""
+    import itertools
+
     import torch
 
     from pyops.ops import _activations, _channel_ops
@@ -183,6 +198,19 @@ def interpreted(id: str) -> str | None:
             missed = [within_gate([triple], torch.float32) for triple in zip(found, truth, eager, strict=True)]
             if any(missed) or found.dtype != torch.float32:
                 return f"{kernel}, {each}: {missed}"
+        return None
+    if name == "pools":
+        cases = itertools.product(dtypes[:2], ("plain", "strided", "stem", "odd", "grouped", "tapless"), (1, 2))
+        calls = ((dtype, each, *CALLS[pool - 1], False, pool) for dtype, each, pool in cases)
+        return next(filter(None, (compare("run", *call) for call in calls)), None)
+    if name == "pools_nan":
+        t = draw("plain", 0, torch.float32)
+        t["input"][0, 0, 0, 0] = float("nan")
+        for pool in (1, 2):
+            values = arguments("run", t, "bias", 0, False, pool)
+            found, truth = run("run", values)[0].isnan(), reference("run", values)[0].isnan()
+            if not truth.any() or not torch.equal(found, truth):
+                return f"pool {pool}: other windows are NaN"
         return None
     for kernel in KERNELS:
         t = draw("even", 0, torch.bfloat16)

@@ -123,10 +123,10 @@ def lrn_grad_kernel(
 
 @triton.jit
 def normalise(x, inside, C, eps):
-    """(the rows less their means over their deviations, one over the deviations); zero where no channel is.  # [BLOCK_P, BLOCK_C]"""
+    """(the rows less their means over their deviations, one over the deviations); zero outside.  # [BLOCK_P, BLOCK_C], [BLOCK_P, 1]"""
     x = tl.where(inside, x - (tl.sum(x, axis=1) / C)[:, None], 0.0)
     rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / C + eps)[:, None]
-    return x * rstd, rstd
+    return tl.where(inside, x * rstd, 0.0), rstd
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -126,10 +126,7 @@ def dense_kernel(
     else:
         apart_h, apart_w, scale_h, scale_w = 1, 1, stride_h, stride_w
     PH, PW = (OH + apart_h - 1) // apart_h, (OW + apart_w - 1) // apart_w
-    if POOL != 0:
-        P = (OH // 2) * (OW // 2) * 4
-    else:
-        P = PH * PW
+    P = (OH // 2) * (OW // 2) * 4 if POOL != 0 else PH * PW
     M = N.to(tl.int64) * P
     blocks, columns = tl.cdiv(M, BLOCK_M).to(tl.int32), tl.cdiv(O, BLOCK_O)
     phase = tl.program_id(0) // (blocks * columns * groups)

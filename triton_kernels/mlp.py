@@ -105,7 +105,7 @@ def run(input, first, first_bias, second, second_bias, residual, norm, eps, acti
 
 def unsupported(C: int, O: int) -> str | None:
     """None when a program can keep rows of C inputs and O outputs, else why not."""
-    return None if 1 <= min(C, O) and max(C, O) <= MOST else f"expected 1 to {MOST} inputs and outputs, got {C} and {O}"
+    return None if min(C, O) >= 1 and max(C, O) <= MOST else f"expected 1 to {MOST} inputs and outputs, got {C} and {O}"
 
 
 def launch_config(C: int, H: int, O: int, dtype: torch.dtype) -> dict[str, int | bool]:
