@@ -64,12 +64,13 @@ class _Layer:
 
     def __init__(self, k: Kernels, parameters: tuple[Tensor, ...], eps: tuple[float, float], dtype: torch.dtype):
         self.k, self.eps = k, eps
-        self.norm1, self.norm2 = parameters[:2], parameters[3:5]
+        self.norm1, self.norm2 = (parameters[0], parameters[1]), (parameters[3], parameters[4])
         self.weight1, self.weight2 = parameters[2].to(dtype).flatten(1), parameters[5].to(dtype)
 
     def norm(self, which: int, moments: Tensor, count: int) -> Norm:
         statistics = self.k.channel_norm(moments, count, self.eps[which], None, None, 0.0)
-        found = Norm.of(self.k, statistics, *(self.norm1, self.norm2)[which], "")
+        weight, bias = (self.norm1, self.norm2)[which]
+        found = Norm.of(self.k, statistics, weight, bias, "")
         assert found is not None
         return found
 

@@ -60,7 +60,7 @@ def upsampling(op: str, name, rank: int) -> int:
     return UPSAMPLINGS.index(name)
 
 
-def pooling(op: str, name, size, stride, padding, rank: int) -> Pool | None:
+def pooling(op: str, name, rank: int, size=2, stride=None, padding=0) -> Pool | None:
     if name not in (None, "max", "average"):
         raise ValueError(f'{op}: pool: expected None, "max" or "average", got {name!r}')
     if name is None:
@@ -71,7 +71,8 @@ def pooling(op: str, name, size, stride, padding, rank: int) -> Pool | None:
     step = kernel if stride is None else numbers_of(op, "pool_stride", stride, 2, 1)
     if any(2 * pad > k for k, pad in zip(kernel, pads, strict=True)):
         raise ValueError(f"{op}: pool_padding: expected at most half of pool_size {kernel}, got {pads}")
-    return Pool(name == "max", kernel[:2], step[:2], pads[:2])
+    (kh, kw), (sh, sw), (ph, pw) = kernel, step, pads
+    return Pool(name == "max", (kh, kw), (sh, sw), (ph, pw))
 
 
 def check(op: str, call: Conv, input, weight, bias, residual) -> tuple[tuple[int, ...], int]:

@@ -144,40 +144,6 @@ def _unfused(x: Tensor, filter: Tensor, bias: Tensor, beside: Tensor | None, cal
     return _vendor_conv.finish(_vendor_conv.convolution(x, filter, bias, call), beside, call)
 
 
-def _with_points(points: Tensor, bias: Tensor | None, O: int, call: Conv) -> Plan:
-    """By Winograd's method, upsampling and 2x2 pooling on the way."""
-    within = call.pool.in_kernel if call.pool is not None else 0
-    ends = (*call.padding, call.activation, call.slope, call.residual_last, within, call.upsample)
-    infer_points, rest = torch.ops.pyops.winograd_infer.default, None if within else call.pool
-    if rest is None:
-        return lambda x, beside: infer_points(x, points, bias, beside, O, *ends)
-    return lambda x, beside: _pooled(infer_points(x, points, bias, beside, O, *ends), rest)
-
-
-def _pooled(y: Tensor, pool: Pool | None) -> Tensor:
-    """Without gradients."""
-    return y if pool is None else _pool_ops.pooled(y, pool) if pools(pool) else _vendor_conv.pool_by(y, pool)
-
-
-def _plan_onednn(input, weight, bias, call: Conv, kept: dict, size) -> Plan:
-    """The convolution of an image that is enlarged already."""
-    small = math.prod(size) * input.shape[0] * weight.numel() < 3e6  # products; oneDNN's fused call takes 30 us longer to start
-    if not small and _vendor_conv.fused_by(input, call) is not None:
-        packed = _kept(kept, ("onednn", input.dtype), lambda: _vendor_conv.keep(weight, input, call))
-        return lambda x, beside: _vendor_conv.run_fused(x, packed, bias, beside, call)
-    filter = _kept(kept, ("plain", input.dtype), lambda: weight.to(input.dtype))
-    return lambda x, beside: _unfused(x, filter, bias, beside, call)
-
-
-def _unfused(x: Tensor, filter: Tensor, bias: Tensor, beside: Tensor | None, call: Conv) -> Tensor:
-    return _vendor_conv.finish(_vendor_conv.convolution(x, filter, bias, call), beside, call)
-
-
-def _seen(shape, call: Conv) -> tuple[int, ...]:
-    """Of the image that the convolution sees."""
-    return (*shape[:2], *(2 * n for n in shape[2:])) if call.upsample else tuple(shape)
-
-
 def _kept(kept: dict, key, compute):
     if key not in kept:
         kept[key] = compute()

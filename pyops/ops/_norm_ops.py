@@ -51,7 +51,7 @@ def _lrn_grad(grad, input, rows, size, alpha, beta, k, relu):
     d = k + alpha / size * _window_sums(a.square(), before, after)
     shares = _window_sums(g * a * d ** (-beta - 1), after, before)
     da = g * d**-beta - 2 * alpha * beta / size * a * shares
-    return _like(torch.where(x > 0, da, 0) if relu else da, input, rows)
+    return _like(torch.where(x <= 0, 0, da) if relu else da, input, rows)
 
 
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

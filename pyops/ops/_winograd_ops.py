@@ -73,8 +73,8 @@ def expected_times(shape: tuple[int, ...], weight: Tensor, stride, padding, dila
 
 
 # Two cores of Zen 4: GFLOP/s of products, GB/s of points of filters from L3 and from memory, GB/s of writing them, seconds of the calls
-# around that (copies of the filter, fresh memory), and how much faster a convolution must promise to be. Measured times of 16 shapes lay within 30 % of these sums, and what was chosen was the fastest of the
-# three but on one, by 0.02 ms.
+# around that (copies of the filter, fresh memory), bytes (GB) that L3 holds, and how much faster a convolution must promise to be. Measured
+# times of 16 shapes lay within 30 % of these sums, and what was chosen was the fastest of the three but on one, by 0.02 ms.
 _DIRECT, _L3, _MEMORY, _WRITES, _CALL, _L3_SIZE, _MARGIN = 220.0, 90.0, 35.0, 6.0, 3e-4, 0.024, 1.1
 
 

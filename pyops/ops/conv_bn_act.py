@@ -82,7 +82,7 @@ def conv_bn_act(
     pads, extra = _conv_checks.pads(op, padding, weight.shape[2:], *numbers)
     rank, ends = input.dim() - 2, (_activations.number(op, activation), negative_slope, residual_last)
     enlarged = _conv_checks.upsampling(op, upsample, rank)
-    pooled = _conv_checks.pooling(op, pool, pool_size, pool_stride, pool_padding, rank)
+    pooled = _conv_checks.pooling(op, pool, rank, pool_size, pool_stride, pool_padding)
     call = Conv(numbers[0], pads, numbers[1], groups, None, *ends, enlarged, pooled)
     if any(extra):
         input, call = _vendor_conv.enlarge(input, call), call._replace(upsample=0)
@@ -162,18 +162,18 @@ def _call(op: str, call: Conv, tensors, statistics, training: bool, momentum: fl
         output = _conv_run.infer(name, input, weight.to(input.dtype), bias, residual, call, size)
         return _conv_call.in_layout_of(output, input) if output.dim() == 4 else output
     kernels = _fused_ops.KERNELS[_conv_call.overload(name)]
-    pools = name != "vendor" and call.pool is not None and residual is None and _conv_run.pools(call.pool)
+    pool = call.pool if name != "vendor" and residual is None and call.pool is not None and _conv_run.pools(call.pool) else None
     y, moments = _conv_run.convolve(kernels, input, weight, bias, call, size, training, name in ("cuda", "triton"), name != "vendor")
     running, ends = (running_mean, running_var), (call.activation, call.slope)
-    norm, vectors = None, (bn_weight, bn_bias) if normalise else (None, None)
-    if normalise and (pools or moments is not None):
+    norm = None
+    if normalise and (pool is not None or moments is not None):
         if training:
             moments = kernels.channel_moments(y.detach()) if moments is None else moments
             norm = statistics_of(moments, y.numel() // O, eps, "", running, momentum)
         else:
             norm = constant_statistics(running_mean, running_var, eps, y)
-    if pools:
-        output, _ = kernels.batch_norm_act_pool_fwd(y, norm, *vectors, *_conv_run.windows(call.pool), *ends, "")
+    if pool is not None:
+        output, _ = kernels.batch_norm_act_pool_fwd(y, norm, bn_weight, bn_bias, *_conv_run.windows(pool), *ends, "")
         return _conv_call.in_layout_of(output, input)
     before = None if call.residual_last else residual
     if not normalise:
@@ -183,9 +183,9 @@ def _call(op: str, call: Conv, tensors, statistics, training: bool, momentum: fl
         rest: dict[str, Any] = dict(
             residual=before, activation=_activations.NAMES[call.activation], negative_slope=call.slope, backend=wish
         )
-        output = batch_norm_act(y, *running, *vectors, training, momentum, eps, **rest)
+        output = batch_norm_act(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, **rest)
     else:
-        output = kernels.batch_norm_act_fwd(y, norm, *vectors, None, before, *ends, "")
+        output = kernels.batch_norm_act_fwd(y, norm, bn_weight, bn_bias, None, before, *ends, "")
         output = _conv_call.in_layout_of(output, input)
     if call.residual_last and residual is not None:
         output = output + residual
@@ -214,9 +214,6 @@ def _way_on_cpu(call: Conv, input: Tensor, weight: Tensor) -> str:
     return f"{f'Winograd F({m}x{m}, 3x3)' if m else engine} (expected: {found})"
 
 
-_POOL = (("pool_size", 2), ("pool_stride", None), ("pool_padding", 0))
-
-
 def _explainer(op: str, transposed: bool):
     def explain(input, weight, bias=None, *statistics, backend=None, **options):
         stride, padding, dilation = (options.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1)))
@@ -224,8 +221,8 @@ def _explainer(op: str, transposed: bool):
         stride, dilation = _conv_checks.stride_and_dilation("explain", input, weight, stride, dilation, groups, transposed)
         pads, _ = _conv_checks.pads("explain", padding, weight.shape[2:], stride, dilation)
         call = Conv(stride, pads, dilation, groups, (0,) * len(stride) if transposed else None)
-        rank, windows = len(stride), (options.get(name, default) for name, default in _POOL)
-        pool = _conv_checks.pooling("explain", options.get("pool"), *windows, rank)
+        rank, windows = len(stride), {name: options[f"pool_{name}"] for name in ("size", "stride", "padding") if f"pool_{name}" in options}
+        pool = _conv_checks.pooling("explain", options.get("pool"), rank, **windows)
         call = call._replace(upsample=_conv_checks.upsampling("explain", options.get("upsample"), rank), pool=pool)
         vectors = (options.get(name) for name in ("bn_weight", "bn_bias", "residual"))
         tensors = (input, weight, bias, *statistics, *vectors)

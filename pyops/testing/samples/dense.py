@@ -199,14 +199,12 @@ def minimal_bytes(input, weight, *_, transposed=False, residual=None, **options)
     """Input, weight and residual read once, output written once."""
     N, O, *size = output_size(input, weight, transposed=transposed, **options)
     finished = math.prod(size)
-    if options.get("pool"):
-        pool = _conv_checks.pooling("", options["pool"], *(options.get(name, d) for name, d in POOL_DEFAULTS), rank=2)
-        size = _pool_ops.output_size(size, *pool[1:])
+    names = (name for name in ("size", "stride", "padding") if f"pool_{name}" in options)
+    pool = _conv_checks.pooling("", options.get("pool"), len(size), **{name: options[f"pool_{name}"] for name in names})
+    size = size if pool is None else list(_pool_ops.output_size(size, *pool[1:]))
     values = N * O * (math.prod(size) + (0 if residual is None else finished))
     return input.element_size() * (input.numel() + weight.numel() + values)
 
-
-POOL_DEFAULTS = (("pool_size", 2), ("pool_stride", None), ("pool_padding", 0))
 
 register(
     OpSpec(
