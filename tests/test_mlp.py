@@ -98,6 +98,7 @@ def test_opcheck():
     x, (first, first_bias, second, second_bias), residual = draw(6, 5, 18, 4)
     packed = torch.ops.pyops.mlp_pack(first, first_bias, second, second_bias)
     torch.library.opcheck(torch.ops.pyops.mlp_infer.default, (x, packed, residual, 18, 4, True, EPS, 5, 0.0))
+    torch.library.opcheck(torch.ops.pyops.mlp_run.default, (x, first, first_bias, second, second_bias, residual, True, EPS, 5, 0.0))
 
 
 @pytest.mark.parametrize(
