@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pyops.nn._derived import has_hooks
-from pyops.ops import _activations, _channel_ops, _composed_ops, _conv_call, _fused_ops, _pointwise_ops
-from pyops.ops._fused_ops import Kernels, Norm
+from pyops.ops import _activations, _channel_ops, _composed_ops, _conv_call, _fused_ops, _pointwise_ops, _winograd_ops
+from pyops.ops._fused_ops import KERNELS, Kernels, Norm
 from pyops.ops.batch_norm_act import check_count
 
 RELU = _activations.NAMES.index("relu")
@@ -123,11 +123,7 @@ class _DenseBlock(torch.autograd.Function):
             new = grad[:, channels : channels + ctx.growths[i]].contiguous(memory_format=torch.channels_last)
             norm1 = layer.norm(0, moments[:, :channels].contiguous(), count)
             norm2 = layer.norm(1, seconds[i], count)
-            a = k.channel_apply(mids[i], norm2.affine, None, None, None, None, RELU, 0.0)
-            grad_weight2 = k.conv_wgrad(new, a, [3, 3], *_CONV, tf32)
-            del a
-            size = list(features.shape[2:])
-            da, _ = k.conv_transpose_run(new, layer.weight2, None, None, *_CONV[:2], size, *_CONV[2:], 0, 0.0, False, False, tf32)
+            da, grad_weight2 = _conv_backward(layer, new, k.channel_apply(mids[i], norm2.affine, None, None, None, None, RELU, 0.0), tf32)
             dmid, *second = _fused_ops.backward_of_input(k, da, mids[i], norm2, None, None, RELU, 0.0)
             prefix = features[:, :channels].contiguous(memory_format=torch.channels_last)
             back = k.pointwise_back if fused else _composed_ops.compose_pointwise_back
@@ -137,3 +133,14 @@ class _DenseBlock(torch.autograd.Function):
             found = (*first, grad_weight1.view(parameters[at][2].shape), *second, grad_weight2)
             grads[at] = [g.to(p.dtype) for g, p in zip(found, parameters[at], strict=True)]
         return None, None, grad[:, :channels].contiguous(memory_format=torch.channels_last), *grads
+
+
+def _conv_backward(layer: _Layer, grad: Tensor, a: Tensor, tf32: bool) -> tuple[Tensor, Tensor]:
+    """(gradient of a, of the filter) of the 3x3 convolution."""
+    k, weight = layer.k, layer.weight2
+    if a.is_cpu and k is KERNELS["default"] and not _winograd_ops.size_of_tile(grad.shape, weight.transpose(0, 1), *_CONV, keeps=False):
+        found = torch.ops.aten.convolution_backward(grad, a, weight, None, *_CONV[:3], False, [0, 0], _CONV[3], [True, True, False])
+        return found[0].contiguous(memory_format=torch.channels_last), found[1]
+    size = list(a.shape[2:])
+    da, _ = k.conv_transpose_run(grad, weight, None, None, *_CONV[:2], size, *_CONV[2:], 0, 0.0, False, False, tf32)
+    return da, k.conv_wgrad(grad, a, [3, 3], *_CONV, tf32)
