@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pyops.nn import ConvNeXtBlock
+from pyops.ops import _conv_call, _mlp_ops
 from pyops.testing import within_gate
 
 
@@ -104,6 +105,18 @@ def test_autocast_and_compile():
     with torch.no_grad():
         compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_fused_on_a_gpu(monkeypatch):
+    """Up to the kernel's width, where "cuda" is asked for by name; not float32, unless torch's switch allows TF32."""
+    monkeypatch.setattr(_conv_call, "unsupported", lambda device, dtype, backend: None if backend == "cuda" else "not here")
+    for dim, dtype, backend, fused in (
+        (_mlp_ops.MOST, torch.bfloat16, "cuda", True),
+        (_mlp_ops.MOST + 1, torch.bfloat16, "cuda", False),
+        (24, torch.float16, None, False),
+        (24, torch.float32, "cuda", False),
+    ):
+        assert build(dim, backend=backend)._has_kernel(image(1, dim, 2, 2, dtype=dtype)) is fused, (dim, dtype, backend)
 
 
 def test_refusals():
