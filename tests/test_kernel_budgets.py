@@ -238,6 +238,7 @@ DESIGN: dict[str, list[Callable[[str, str], list[str]]]] = {
     "pointwise_pack": [],
     "expand_depthwise": [multiplies_and_convolves, reads_shared_128, copies_asynchronously],
     "dense_tile": [multiplies_as_named, reads_shared_128, copies_asynchronously],
+    "dense_halo": [multiplies_as_named, reads_shared_128, copies_asynchronously],
     "dense_pack": [],
     "dense_wgrad_tile": [multiplies_as_named, copies_whole_pieces],
     "dense_wgrad_sum": [],

@@ -8,6 +8,7 @@
 // four stages of shared memory, so that three steps of both operands are under way while one is multiplied (dense_conv.cuh tells how
 // they are gathered, pointwise.cuh how they are multiplied). With moments a block takes several such tiles below one another; of a
 // transposed convolution of several phases they are computed from the output afterwards.
+// A convolution of few channels may go to dense_halo.cu's kernel (plan_halo says which).
 // A weight that cp.async cannot read as it is (all but channels_last ones of a convolution with whole pieces) is packed first.
 //
 // Floors: input, residual read once (each of the KH*KW uses but the first from L2 or L1), output written once, weight once;
@@ -17,7 +18,7 @@
 #include "channel.cuh"
 #include "dense_conv.cuh"
 #include "dense_cuda.h"
-#include "dense_pack.cuh"
+#include "dense_halo.cuh"
 
 namespace pyops::conv {
 namespace {
@@ -91,7 +92,8 @@ struct Plan {
   int depth, rows, tiles;
   int64_t slots, run, pitch;
   bool vectors, packs;
-  bool moments_after;  // from the output, by kernels of their own
+  std::optional<HaloShape> halo;  // by dense_halo.cu's kernel
+  bool moments_after;             // from the output, by kernels of their own
   size_t packed_bytes, partial_bytes;
 };
 
@@ -127,7 +129,7 @@ Channelwise moments_of(const Dense& p) {
   return all;
 }
 
-Plan plan_of(const Dense& p) {
+Plan plan_of(const Dense& p, std::optional<DensePath> path) {
   check_counts(p.s);
   const DenseShape& s = p.s;
   const int64_t piece = 16 / element_size(p.dtype), C = s.C / s.groups, O = s.O / s.groups;
@@ -137,7 +139,9 @@ Plan plan_of(const Dense& p) {
   const int64_t phases = int64_t{plan.y.out_step} * plan.x.out_step, o_tiles = ceil_div(O, int64_t{kTileO}) * s.groups;
   plan.vectors = C % piece == 0 && p.input_stride % piece == 0 && aligned({p.input});
   plan.depth = static_cast<int>(phases == 1 ? C : round_up(C, piece));
-  plan.pitch = round_up(int64_t{s.KH} * s.KW * plan.depth, piece);
+  plan.halo = plan_halo(p, plan.vectors, path);
+  if (plan.halo) plan.x.taps = plan.halo->columns, plan.depth = plan.halo->channels;
+  plan.pitch = round_up(int64_t{s.KH} * plan.x.taps * plan.depth, piece);
   plan.packs = p.transposed || plan.pitch != int64_t{s.KH} * s.KW * C || !is_packed(p, C) || !aligned({p.weight});
   plan.packed_bytes = plan.packs ? round_up(static_cast<size_t>(s.O * plan.pitch * element_size(p.dtype)), size_t{256}) : 0;
 
@@ -193,18 +197,18 @@ bool nothing(const Dense& p) {
 
 }  // namespace
 
-size_t dense_workspace(const Dense& p) {
+size_t dense_workspace(const Dense& p, std::optional<DensePath> path) {
   if (nothing(p)) return 0;
-  const Plan plan = plan_of(p);
+  const Plan plan = plan_of(p, path);
   return plan.packed_bytes + plan.partial_bytes;
 }
 
-void dense_run(const Dense& p, void* workspace, cudaStream_t stream) {
+void dense_run(const Dense& p, void* workspace, cudaStream_t stream, std::optional<DensePath> path) {
   if (nothing(p)) {
     if (p.moments) zero_async(p.moments, sizeof(float) * 2 * p.s.O, stream);
     return;
   }
-  const Plan plan = plan_of(p);
+  const Plan plan = plan_of(p, path);
   DenseParams params = params_of(p, plan);
   void* const space = static_cast<char*>(workspace) + plan.packed_bytes;
   params.partials = plan.moments_after ? nullptr : plan.partial_bytes ? static_cast<float*>(space) : p.moments;
@@ -212,6 +216,7 @@ void dense_run(const Dense& p, void* workspace, cudaStream_t stream) {
     pack_filters(p, plan.y, plan.x, plan.depth, plan.pitch, workspace, stream);
     params.weight = workspace;
   }
+  if (plan.halo) return launch_halo(p, *plan.halo, plan.vectors, params, stream);
   with_type(p.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (is_16bit<T>) launch_tiles<T, Product::mma>(plan, params, stream);

@@ -81,6 +81,7 @@ struct DenseParams {
 
 // What a block computes.
 struct DenseBlock {
+  static constexpr bool kHoles = false;  // rows of a tile that are no position, but those behind the last
   AxisPhase y, x;
   int group, o0, end, slot;  // output channels from o0 on, up to `end` at most
   int positions, K;          // of the phase
@@ -113,6 +114,8 @@ struct DenseBlock {
     const int row = within / x.count * p.y.out_step + y.first, column = within % x.count * p.x.out_step + x.first;
     return (n * p.y.out + row) * p.x.out + column;
   }
+  // The pooled output position whose window begins with the phase's m-th.
+  PYOPS_DEVICE int pooled_place(const DenseParams&, int m) const { return m / 4; }
 };
 
 // An element of K: tap (jy, jx) of the phase, and one of its channels.
@@ -199,8 +202,8 @@ struct DenseInput {
 };
 
 // Starts the copy of a step of the weight's rows o0 .. o0 + 63; zeros where there are none.
-template <class T, int kM>
-PYOPS_DEVICE void copy_filters(const DenseParams& p, const DenseBlock& block, int step, unsigned char* tile) {
+template <class T, int kM, class Block>
+PYOPS_DEVICE void copy_filters(const DenseParams& p, const Block& block, int step, unsigned char* tile) {
   constexpr int kApart = kTileThreads<kM> / kStepPieces;
   const int piece = static_cast<int>(threadIdx.x) % kStepPieces, k = step * kStep<T> + piece * kPiece<T>;
   PYOPS_UNROLL
@@ -223,8 +226,8 @@ PYOPS_DEVICE void store_some(bool vectors, T* to, int count, const float (&from)
 
 // The end of a tile: output = activation(sums + bias + residual), or the residual after the activation. Threads share it as finish_tile's
 // do. What is to be pooled goes back to where its sums were.
-template <class T, int kM>
-PYOPS_DEVICE void finish_dense(const DenseParams& p, const DenseBlock& block, int m0, float* tile) {
+template <class T, int kM, class Block>
+PYOPS_DEVICE void finish_dense(const DenseParams& p, const Block& block, int m0, float* tile) {
   constexpr int V = kPiece<T>, kColumns = kTileO / V, kApart = kTileThreads<kM> / kColumns;
   const int column = static_cast<int>(threadIdx.x) % kColumns * V, first = static_cast<int>(threadIdx.x) / kColumns;
   const int o = block.o0 + column, count = block.end - o < V ? block.end - o : V;
@@ -235,6 +238,7 @@ PYOPS_DEVICE void finish_dense(const DenseParams& p, const DenseBlock& block, in
   PYOPS_NO_UNROLL
   for (int row = first; row < kM && m0 + row < block.positions; row += kApart) {
     const int m = block.place(p, m0 + row);
+    if (Block::kHoles && m < 0) continue;
     float* const sums = tile + row * kSumsPitch + column;
     float y[V], skip[V];
     clear(skip);
@@ -259,14 +263,16 @@ PYOPS_DEVICE void finish_dense(const DenseParams& p, const DenseBlock& block, in
 }
 
 // The maximum or average of each four rows of a finished tile. Every thread of the block calls it, after a barrier.
-template <class T, int kM>
-PYOPS_DEVICE void store_pooled(const DenseParams& p, const DenseBlock& block, int m0, const float* tile) {
+template <class T, int kM, class Block>
+PYOPS_DEVICE void store_pooled(const DenseParams& p, const Block& block, int m0, const float* tile) {
   constexpr int V = kPiece<T>, kColumns = kTileO / V, kApart = kTileThreads<kM> / kColumns;
   const int column = static_cast<int>(threadIdx.x) % kColumns * V, first = static_cast<int>(threadIdx.x) / kColumns;
   const int o = block.o0 + column, count = block.end - o < V ? block.end - o : V;
   if (count <= 0) return;
   PYOPS_NO_UNROLL
   for (int row = 4 * first; row < kM && m0 + row < block.positions; row += 4 * kApart) {
+    const int m = block.pooled_place(p, m0 + row);
+    if (Block::kHoles && m < 0) continue;
     float pooled[V];
     PYOPS_UNROLL
     for (int v = 0; v < V; ++v) {
@@ -279,7 +285,7 @@ PYOPS_DEVICE void store_pooled(const DenseParams& p, const DenseBlock& block, in
       }
       pooled[v] = p.pool == Pool::maximum ? highest : 0.25f * sum;
     }
-    store_some(p.output_vectors, static_cast<T*>(p.output) + (m0 + row) / 4 * p.output_stride + o, count, pooled);
+    store_some(p.output_vectors, static_cast<T*>(p.output) + m * p.output_stride + o, count, pooled);
   }
 }
 

@@ -18,7 +18,7 @@ struct PackParams {
   int64_t count, pitch;  // O * pitch elements
   int64_t group_stride, o_stride, c_stride, y_stride, x_stride;
   Axis y, x;
-  int O, C, depth;  // O, C: of a group
+  int O, C, depth, columns;  // O, C: of a group; columns: taps of x that weight has, zeros for the rest
 };
 
 // Raw: an unsigned integer of the elements' size.
@@ -37,7 +37,7 @@ dense_pack(PackParams p) {
   const int phase = taps_before(p.y, ry) * p.x.taps + taps_of(p.y, ry) * taps_before(p.x, rx);
   const int sorted = phase + ky / p.y.residues * taps_of(p.x, rx) + kx / p.x.residues;
   const int64_t from = o / p.O * p.group_stride + o % p.O * p.o_stride + c * p.c_stride + ky * p.y_stride + kx * p.x_stride;
-  row[static_cast<int64_t>(sorted) * p.depth + c] = c < p.C ? static_cast<const Raw*>(p.weight)[from] : Raw{0};
+  row[static_cast<int64_t>(sorted) * p.depth + c] = c < p.C && kx < p.columns ? static_cast<const Raw*>(p.weight)[from] : Raw{0};
 }
 
 template <class Raw>
@@ -56,6 +56,7 @@ void pack_filters(const Dense& p, const Axis& y, const Axis& x, int depth, int64
   params.o_stride = p.transposed ? second : first, params.c_stride = p.transposed ? first : second;
   params.y_stride = p.weight_strides[2], params.x_stride = p.weight_strides[3];
   params.y = y, params.x = x, params.O = static_cast<int>(O), params.C = static_cast<int>(C), params.depth = depth;
+  params.columns = p.s.KW;
   p.dtype == DType::f32 ? launch_pack<uint32_t>(params, stream) : launch_pack<uint16_t>(params, stream);
 }
 

@@ -3,6 +3,7 @@
 //   weight [O, C/groups, KH, KW] or transposed [C, O/groups, KH, KW], any strides  ->  packed [O, pitch]: taps x depth, zeros behind
 //
 // Taps are sorted by residue along each axis, so that those of a phase are neighbours; a phase's are in the order of its rows.
+// Taps of x that weight does not have are zeros.
 #pragma once
 #include <stdexcept>
 

@@ -204,18 +204,27 @@ struct TileSums {
   PYOPS_DEVICE void multiply(const unsigned char* input, const unsigned char* weight, bool) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
     input += (warp / 2 * 32 + lane % 16) * kRowBytes + lane / 16 * 16;
+    multiply_fragments(weight, [&](int half, int i, uint32_t (&a)[4]) {
+      ptx::ldmatrix_x4(a, input + 16 * i * kRowBytes + half * 32);
+      if constexpr (kRoundInput && kProduct == Product::tf32) {
+        PYOPS_UNROLL
+        for (int part = 0; part < 4; ++part) a[part] = ptx::float_to_tf32(bits_to_float(a[part]));
+      }
+    });
+  }
+
+  // load(half, i, a): the fragment of the warp's i-th 16 rows, of half a step.
+  template <class Load>
+  PYOPS_DEVICE void multiply_fragments(const unsigned char* weight, Load&& load) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
     weight += (warp % 2 * 32 + lane / 16 * 8 + lane % 8) * kRowBytes + lane / 8 % 2 * 16;
     PYOPS_UNROLL
     for (int half = 0; half < 2; ++half) {
       uint32_t a[2][4], b[2][4];
       PYOPS_UNROLL
       for (int i = 0; i < 2; ++i) {
-        ptx::ldmatrix_x4(a[i], input + 16 * i * kRowBytes + half * 32);
+        load(half, i, a[i]);
         ptx::ldmatrix_x4(b[i], weight + 16 * i * kRowBytes + half * 32);
-        if constexpr (kRoundInput && kProduct == Product::tf32) {
-          PYOPS_UNROLL
-          for (int part = 0; part < 4; ++part) a[i][part] = ptx::float_to_tf32(bits_to_float(a[i][part]));
-        }
       }
       PYOPS_UNROLL
       for (int i = 0; i < 2; ++i) {

@@ -12,6 +12,8 @@ from .pointwise import slice_of
 
 # --------------------------------------------------------------------------------------------- csrc/conv/dense.h, for ctypes
 
+AUTO, TILE, HALO = -1, 0, 1  # dense_cuda.h's DensePath
+
 
 class Shape(ctypes.Structure):
     _fields_ = [(name, I64) for name in ("N", "H", "W", "C", "OH", "OW", "O")]
@@ -46,13 +48,15 @@ class Kernels:
     def __init__(self, library):
         self.library = library
 
-    def call(self, operation, p):
+    def call(self, operation, p, *path):
         size = ctypes.c_int64()
-        checked(getattr(self.library, f"host_{operation}_workspace"), ctypes.byref(p), ctypes.byref(size))
+        checked(getattr(self.library, f"host_{operation}_workspace"), ctypes.byref(p), *path, ctypes.byref(size))
         space = torch.full((size.value + 256,), 255, dtype=torch.uint8)
-        checked(getattr(self.library, f"host_{operation}"), ctypes.byref(p), P((space.data_ptr() + 255) // 256 * 256))
+        checked(getattr(self.library, f"host_{operation}"), ctypes.byref(p), *path, P((space.data_ptr() + 255) // 256 * 256))
 
-    def convolve(self, transposed, shape, input, weight, bias, residual, activation, slope, residual_last, moments, tf32, around, pool=0):
+    def convolve(
+        self, transposed, shape, input, weight, bias, residual, activation, slope, residual_last, moments, tf32, around, pool=0, path=AUTO
+    ):  # fmt: skip
         x, skip = (None if t is None else slice_of(nhwc(t), *around) for t in (input, residual))
         output = poisoned(input, shape.N, shape.OH >> (pool > 0), shape.OW >> (pool > 0), shape.O)
         sums = poisoned(input, 2, shape.O, dtype=torch.float32) if moments else None
@@ -63,17 +67,18 @@ class Kernels:
             ("input", "weight", "residual", "bias", "output", "moments"), (x, weight, skip, bias, output, sums), strict=True
         ):
             setattr(p, name, pointer(tensor))
-        self.call("dense", p)
+        self.call("dense", p, path)
         return output.permute(0, 3, 1, 2), sums
 
     def run(
         self, input, weight, bias, residual, stride, padding, dilation, groups, activation, slope, residual_last, moments,
-        tf32=False, pool=0, around=(0, 0),
+        tf32=False, pool=0, around=(0, 0), path=AUTO,
     ):  # fmt: skip
         kernel = weight.shape[2:]
         size = output_size(input.shape[2:], kernel, stride, padding, dilation)
         shape = shape_of(input, weight.shape[0], size, kernel, stride, padding, dilation, groups)
-        return self.convolve(False, shape, input, weight, bias, residual, activation, slope, residual_last, moments, tf32, around, pool)
+        epilogue = (activation, slope, residual_last, moments, tf32, around, pool, path)
+        return self.convolve(False, shape, input, weight, bias, residual, *epilogue)
 
     def transpose_run(
         self, input, weight, bias, residual, stride, padding, output_size, dilation, groups, activation, slope, residual_last, moments,
@@ -98,6 +103,9 @@ def every_kernel(library):
     for sms in (1, 108):  # large tiles, small ones
         library.host_machine(1, sms, 163 * 1024)
         for dtype in DTYPES:
+            for C in (64, 3) if sms == 1 else ():
+                x, weight = torch.zeros(1, C, 12, 12, dtype=dtype), torch.zeros(8, C, 3, 3, dtype=dtype)
+                kernels.run(x, weight, None, None, (1, 1), (1, 1), (1, 1), 1, 0, 0.0, False, False, True, path=HALO)
             for C in (8, 3):  # whole pieces, and element by element
                 for tf32 in {False, dtype == torch.float32}:
                     x, weight = torch.zeros(1, C, 12, 12, dtype=dtype), torch.zeros(8, C, 2, 2, dtype=dtype)

@@ -16,7 +16,8 @@ struct Case {
   int between;    // elements between positions
   bool optional;  // the tensors that may be null are given
   int sms;
-  Pool pool = Pool::none;  // of the convolution
+  Pool pool = Pool::none;                        // of the convolution
+  std::optional<DensePath> path = std::nullopt;  // of the convolution, where it can be taken; then without moments
 };
 
 using Bytes = std::vector<unsigned char>;
@@ -44,17 +45,19 @@ Bytes run(const Case& c, DType dtype, bool tf32, uint64_t seed) {
     if (transposed) p.s.H = s.OH, p.s.W = s.OW, p.s.C = s.O, p.s.OH = s.H, p.s.OW = s.W, p.s.O = s.C;
     const int64_t from = transposed ? OM : M, to = transposed ? M : OM, stored = p.pool == Pool::none ? to : s.N * (s.OH / 2) * (s.OW / 2);
     p.dtype = dtype, p.transposed = transposed, p.tf32 = tf32, p.activation = c.optional ? Activation::silu : Activation::none;
+    const bool rounds = dtype != DType::f32 || tf32;
+    const std::optional<DensePath> path = transposed || !rounds ? std::nullopt : c.path;
     p.input_stride = p.s.C + c.between, p.residual_stride = p.s.O + c.between;
     const int64_t taps = int64_t{s.KH} * s.KW, strides[4] = {s.C / s.groups * taps, taps, s.KW, 1};
     for (int d = 0; d < 4; ++d) p.weight_strides[d] = strides[d];
     p.input = image(from, p.s.C), p.weight = weight;
     if (c.optional) {
       p.residual = image(to, p.s.O), p.bias = static_cast<const float*>(buffers.filled(p.s.O, DType::f32));
-      if (p.pool == Pool::none) p.moments = static_cast<float*>(buffers.raw(static_cast<size_t>(p.s.O) * 8));
+      if (p.pool == Pool::none && !path) p.moments = static_cast<float*>(buffers.raw(static_cast<size_t>(p.s.O) * 8));
     }
     const size_t bytes = static_cast<size_t>(stored * p.s.O) * element_bytes(dtype);
     p.output = buffers.raw(bytes);
-    dense_run(p, buffers.raw(dense_workspace(p)), nullptr);
+    dense_run(p, buffers.raw(dense_workspace(p, path)), nullptr, path);
     append(results, p.output, bytes);
     if (p.moments) append(results, p.moments, static_cast<size_t>(p.s.O) * 8);
   }
@@ -82,6 +85,11 @@ int main() {
       {{0, 3, 3, 8, 3, 3, 8, 1, 1, 1, 1, 0, 0, 1, 1, 1}, 0, true, 2},
       {{2, 11, 10, 3, 11, 10, 9, 3, 3, 1, 1, 1, 1, 1, 1, 1}, 3, true, 1, Pool::maximum},
       {{2, 9, 7, 16, 5, 3, 8, 3, 2, 2, 3, 1, 1, 1, 1, 1}, 8, true, 9, Pool::average},
+      {{1, 12, 13, 64, 12, 13, 70, 3, 3, 1, 1, 1, 1, 1, 1, 1}, 0, true, 1, Pool::none, DensePath::halo},
+      {{2, 9, 7, 17, 5, 4, 9, 3, 2, 2, 2, 1, 1, 1, 1, 1}, 3, true, 1, Pool::none, DensePath::halo},
+      {{1, 19, 21, 3, 10, 11, 16, 7, 7, 2, 2, 3, 3, 1, 1, 1}, 0, true, 1, Pool::maximum, DensePath::halo},
+      {{1, 3, 2, 1, 5, 10, 1, 1, 1, 1, 1, 1, 4, 1, 1, 1}, 0, true, 1, Pool::average, DensePath::halo},
+      {{1, 1, 37, 8, 5, 33, 8, 1, 7, 1, 1, 2, 1, 1, 1, 1}, 8, true, 1, Pool::none, DensePath::halo},
   };
   for (const Case& c : cases)
     for (int kind = 0; kind < 4; ++kind) try {

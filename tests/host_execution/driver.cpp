@@ -31,6 +31,10 @@ int guarded(char* error, int error_bytes, F&& f) {
 
 std::optional<Path> path_or_auto(int path) { return path < 0 ? std::nullopt : std::optional<Path>(static_cast<Path>(path)); }
 
+std::optional<conv::DensePath> dense_path(int path) {
+  return path < 0 ? std::nullopt : std::optional<conv::DensePath>(static_cast<conv::DensePath>(path));
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -148,12 +152,12 @@ int host_expand_depthwise_tile(const conv::ExpandDepthwise* p, conv::ExpandDepth
   return guarded(error, error_bytes, [&] { *tile = conv::expand_depthwise_tile(*p); });
 }
 
-int host_dense_workspace(const conv::Dense* p, int64_t* bytes, char* error, int error_bytes) {
-  return guarded(error, error_bytes, [&] { *bytes = static_cast<int64_t>(conv::dense_workspace(*p)); });
+int host_dense_workspace(const conv::Dense* p, int path, int64_t* bytes, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { *bytes = static_cast<int64_t>(conv::dense_workspace(*p, dense_path(path))); });
 }
 
-int host_dense(const conv::Dense* p, void* workspace, char* error, int error_bytes) {
-  return guarded(error, error_bytes, [&] { conv::dense_run(*p, workspace, nullptr); });
+int host_dense(const conv::Dense* p, int path, void* workspace, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { conv::dense_run(*p, workspace, nullptr, dense_path(path)); });
 }
 
 int host_dense_wgrad_workspace(const conv::DenseGradient* p, int64_t* bytes, char* error, int error_bytes) {
