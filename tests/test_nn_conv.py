@@ -301,3 +301,63 @@ def test_drop_path():
 def test_errors(make, match):
     with torch.no_grad(), pytest.raises((ValueError, RuntimeError), match=match):
         make()
+
+
+def test_options_changed_between_calls():
+    x = image(2, 12, 8, 8)
+    block = shaken(ConvBNAct(12, 14, pool=nn.MaxPool2d(2))).eval()
+    upsampling = shaken(UpsampleConvBNAct(12, 14)).eval()
+    with torch.no_grad():
+        for module, part, changes in (
+            (block, 3, dict(kernel_size=3, stride=1, padding=1, ceil_mode=True)),
+            (block, 1, dict(eps=0.5)),
+            (upsampling, 0, dict(mode="bilinear", scale_factor=3)),
+        ):
+            module(x)
+            for name, value in changes.items():
+                setattr(module[part], name, value)
+                torch.testing.assert_close(module(x), one_by_one(module, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [nn.MaxPool2d([2, 2]), nn.MaxPool2d((2,)), nn.AvgPool2d(2, [2, 1]), nn.MaxPool2d(2, 5 * 10**6), nn.AvgPool2d((3, 1), None, (1, 0))],
+)
+def test_options_in_other_forms(pool):
+    x = image(2, 12, 8, 8)
+    block = shaken(ConvBNAct(12, 14, pool=pool))
+    for mode in (True, False):
+        block.train(mode)
+        with torch.set_grad_enabled(mode):
+            twin = copy.deepcopy(block)
+            torch.testing.assert_close(block(x), one_by_one(twin, x), rtol=1e-4, atol=1e-5)
+    block[3].stride = None
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), one_by_one(block, x), rtol=1e-4, atol=1e-5)
+
+
+def test_kept_values_and_threads():
+    """While one thread switches modes, what others are given was computed from the module."""
+    import sys
+    import threading
+
+    module, x, wrong = pyops.nn.DenseTransition(12, 8), image(1, 12, 4, 4), []
+    expected = module.eval()(x).detach()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def call():
+        with torch.no_grad():
+            for _ in range(200):
+                if not torch.allclose(module(x), expected, rtol=1e-4, atol=1e-5):
+                    wrong.append(1)
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    try:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            module.eval()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong

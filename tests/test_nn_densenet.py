@@ -161,6 +161,23 @@ def test_running_statistics_after_many_steps():
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("change", ["no_bias", "no_counter"])
+def test_unusual_batch_norms_train(change):
+    block, channels = build("block")
+    if change == "no_bias":
+        block.denselayer2.norm1 = nn.BatchNorm2d(block.denselayer2.norm1.num_features)
+        block.denselayer2.norm1.register_parameter("bias", None)
+    else:
+        block.denselayer2.norm2.num_batches_tracked = None
+    x, twin = image(2, channels, 7, 6), as_eager(block)
+    for one in (block, twin):
+        one(x).square().sum().backward()
+    for p, q in zip(block.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3)
+    for found, expected in zip(block.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_one_value_per_channel_is_refused_in_training():
     block, channels = build("block")
     with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -199,6 +216,7 @@ def test_what_is_kept(name):
             lambda m: [p.mul_(0.7) for p in m.parameters()],
             lambda m: [b.add_(0.1) for n, b in m.named_buffers() if "running" in n],
             lambda m: m.double().float(),
+            lambda m: [setattr(part, "eps", 0.3) for part in m.modules() if isinstance(part, nn.BatchNorm2d)],
             lambda m: m.register_forward_hook(lambda *_: None),
         ):
             change(module)

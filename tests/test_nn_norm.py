@@ -229,3 +229,28 @@ def test_which_backend_runs():
     assert [chosen(7, last), chosen(30, last), chosen(30, last, live=True)] == ["eager", "cpu", "eager"]
     assert [chosen(7, contiguous), chosen(7, contiguous, live=True)] == ["cpu", "cpu"]
     assert pyops.explain("local_response_norm", torch.zeros(1, 24, 7, 7), 5).chosen == "cpu"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_a_sequence_as_an_image(backend):
+    """Channels and positions that are both neighbours of their own kind: strides (L * C, 1, C, 1)."""
+    x = torch.randn(2, 9, 7).transpose(1, 2).unsqueeze(-1)
+    for function in (lambda x, b: pyops.local_response_norm(x, 3, backend=b), lambda x, b: pyops.layer_norm_2d(x, backend=b)):
+        results = []
+        for kind, how in ((torch.float32, backend), (torch.float64, "eager")):
+            value = x.detach().to(kind).requires_grad_()
+            y = function(value, how)
+            cotangent = torch.arange(y.numel(), dtype=kind).view(y.shape).sin()
+            results.append((y, *torch.autograd.grad(y, value, cotangent)))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_stay_symbols():
+    dynamic = torch.export.Dim.DYNAMIC
+    for module in (pyops.nn.LayerNorm2d(16), pyops.nn.LocalResponseNorm(5)):
+        program = torch.export.export(
+            module, (torch.randn(2, 16, 8, 8),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},), strict=False
+        )
+        x = torch.randn(3, 16, 5, 6)
+        torch.testing.assert_close(program.module()(x), module(x))

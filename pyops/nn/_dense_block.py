@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyops.nn import _training
 from pyops.nn._derived import has_hooks
 from pyops.ops import _activations, _channel_ops, _composed_ops, _conv_call, _fused_ops, _pointwise_ops, _winograd_ops
 from pyops.ops._fused_ops import KERNELS, Kernels, Norm
@@ -43,7 +44,7 @@ def train(k: Kernels, layers: list[Any], input: Tensor) -> Tensor:
     count = input.numel() // input.shape[1]
     for layer, (first, second) in zip(layers, zip(statistics[::2], statistics[1::2], strict=True), strict=True):
         for norm, moments in ((layer.norm1, first), (layer.norm2, second)):
-            _move(norm, moments, count)
+            _training.batch_statistics(norm, moments, count)
     return _conv_call.in_layout_of(output, input)
 
 
@@ -51,18 +52,10 @@ def _parameters(layer: Any) -> tuple[Tensor, ...]:
     return (layer.norm1.weight, layer.norm1.bias, layer.conv1.weight, layer.norm2.weight, layer.norm2.bias, layer.conv2.weight)
 
 
-def _move(norm: Any, moments: Tensor, count: int) -> None:
-    if not norm.track_running_stats or norm.running_mean is None:
-        return
-    norm.num_batches_tracked.add_(1)
-    factor = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    torch.ops.pyops.channel_norm.default(moments, count, norm.eps, norm.running_mean, norm.running_var, factor)
-
-
 class _Layer:
     """What a layer's forward and backward share."""
 
-    def __init__(self, k: Kernels, parameters: tuple[Tensor, ...], eps: tuple[float, float], dtype: torch.dtype):
+    def __init__(self, k: Kernels, parameters: tuple[Any, ...], eps: tuple[float, float], dtype: torch.dtype):
         self.k, self.eps = k, eps
         self.norm1, self.norm2 = (parameters[0], parameters[1]), (parameters[3], parameters[4])
         self.weight1, self.weight2 = parameters[2].to(dtype).flatten(1), parameters[5].to(dtype)
@@ -77,7 +70,7 @@ class _Layer:
 
 class _DenseBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, k: Kernels, eps: list[tuple[float, float]], input: Tensor, *parameters: Tensor):
+    def forward(ctx, k: Kernels, eps: list[tuple[float, float]], input: Tensor, *parameters: Any):
         N, channels, H, W = input.shape
         tf32, count = _pointwise_ops.tf32_allowed(input), N * H * W
         growths = [parameters[i].shape[0] for i in range(5, len(parameters), _PARAMETERS)]
@@ -123,7 +116,9 @@ class _DenseBlock(torch.autograd.Function):
             new = grad[:, channels : channels + ctx.growths[i]].contiguous(memory_format=torch.channels_last)
             norm1 = layer.norm(0, moments[:, :channels].contiguous(), count)
             norm2 = layer.norm(1, seconds[i], count)
-            da, grad_weight2 = _conv_backward(layer, new, k.channel_apply(mids[i], norm2.affine, None, None, None, None, RELU, 0.0), tf32)
+            a = k.channel_apply(mids[i], norm2.affine, None, None, None, None, RELU, 0.0)
+            da, grad_weight2 = _conv_backward(layer, new, a, tf32, ctx.needs_input_grad[3 + at.stop - 1])
+            del a
             dmid, *second = _fused_ops.backward_of_input(k, da, mids[i], norm2, None, None, RELU, 0.0)
             prefix = features[:, :channels].contiguous(memory_format=torch.channels_last)
             back = k.pointwise_back if fused else _composed_ops.compose_pointwise_back
@@ -131,16 +126,16 @@ class _DenseBlock(torch.autograd.Function):
             dprefix, *first = _fused_ops.backward_of_input(k, da, prefix, norm1, None, None, RELU, 0.0)
             grad[:, :channels].add_(dprefix)
             found = (*first, grad_weight1.view(parameters[at][2].shape), *second, grad_weight2)
-            grads[at] = [g.to(p.dtype) for g, p in zip(found, parameters[at], strict=True)]
+            grads[at] = [None if p is None or g is None else g.to(p.dtype) for g, p in zip(found, parameters[at], strict=True)]
         return None, None, grad[:, :channels].contiguous(memory_format=torch.channels_last), *grads
 
 
-def _conv_backward(layer: _Layer, grad: Tensor, a: Tensor, tf32: bool) -> tuple[Tensor, Tensor]:
+def _conv_backward(layer: _Layer, grad: Tensor, a: Tensor, tf32: bool, needs_weight: bool) -> tuple[Tensor, Tensor | None]:
     """(gradient of a, of the filter) of the 3x3 convolution."""
     k, weight = layer.k, layer.weight2
     if a.is_cpu and k is KERNELS["default"] and not _winograd_ops.size_of_tile(grad.shape, weight.transpose(0, 1), *_CONV, keeps=False):
-        found = torch.ops.aten.convolution_backward(grad, a, weight, None, *_CONV[:3], False, [0, 0], _CONV[3], [True, True, False])
+        found = torch.ops.aten.convolution_backward(grad, a, weight, None, *_CONV[:3], False, [0, 0], _CONV[3], [True, needs_weight, False])
         return found[0].contiguous(memory_format=torch.channels_last), found[1]
     size = list(a.shape[2:])
     da, _ = k.conv_transpose_run(grad, weight, None, None, *_CONV[:2], size, *_CONV[2:], 0, 0.0, False, False, tf32)
-    return da, k.conv_wgrad(grad, a, [3, 3], *_CONV, tf32)
+    return da, k.conv_wgrad(grad, a, [3, 3], *_CONV, tf32) if needs_weight else None

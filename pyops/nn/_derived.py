@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,65 +13,84 @@ from pyops.ops import _conv_call
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+OPTIONS = (  # of layers, which folded and packed values depend on
+    "eps", "kernel_size", "stride", "padding", "padding_mode", "dilation", "groups", "mode", "scale_factor", "size", "align_corners",
+    "ceil_mode", "count_include_pad", "divisor_override", "return_indices", "negative_slope", "approximate", "drop_rate",
+)  # fmt: skip
+
+
+class Kept(NamedTuple):
+    """A value and the state of the module tree it was computed from."""
+
+    value: Any
+    facts: Any
+    entries: list[tuple[dict, str, Any]]
+    versions: list[tuple[Tensor, int]]
+    hooks: list[tuple[dict, bool]]
+
+    def holds(self, facts: Any) -> bool:
+        if self.facts != facts:
+            return False
+        for owner, name, value in self.entries:
+            if owner.get(name) is not value:
+                return False
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                return False
+        return all(bool(hooks) == had for hooks, had in self.hooks)
+
+
 class Derived:
-    """One value and the state of the module tree it was computed from. Never saved, never copied.
+    """One value, kept until the module tree that it was computed from changes. Never saved, never copied.
 
     What counts as a change: a parameter, buffer or submodule replaced, a tensor written in place (by its version), a hook added, a
-    part's train or eval mode. Writing through ``parameter.data`` bumps no version; owners therefore call `clear` in ``train`` and
-    ``_apply`` (``module.to(...)``) as well.
+    part's train or eval mode, one of a layer's OPTIONS. Writing through ``parameter.data`` bumps no version; owners therefore call `clear`
+    in ``train`` and ``_apply`` (``module.to(...)``) as well. Threads may call the module at once: what is kept is one object, which is
+    replaced and never written.
     """
 
     def __init__(self):
-        self.clear()
+        self._kept: Kept | None = None
 
     def clear(self) -> None:
-        self._facts: Any = None
-        self._entries: list[tuple[dict, str, Any]] = []
-        self._versions: list[tuple[Tensor, int]] = []
-        self._hooks: list[tuple[dict, bool]] = []
-        self._value: Any = None
+        self._kept = None
 
     def get(self, module: nn.Module, compute: Callable[[], Any], facts: Any = 0) -> Any:
         """``compute()``, or its last result if `module` and `facts` are what they were then."""
         if torch._C._len_torch_dispatch_stack():  # of fake tensors, perhaps: nothing to keep
             return compute()
-        if self._facts != facts or not self._unchanged():
-            self.clear()
-            if not self._record(module):
-                return compute()
-            self._value, self._facts = compute(), facts
-        return self._value
-
-    def _unchanged(self) -> bool:
-        for owner, name, value in self._entries:
-            if owner.get(name) is not value:
-                return False
-        for tensor, version in self._versions:
-            if tensor._version != version:
-                return False
-        return all(bool(hooks) == had for hooks, had in self._hooks)
-
-    def _record(self, module: nn.Module) -> bool:
-        """False when a tensor keeps no version (inference tensors), so that nothing can be kept."""
-        for part in module.modules():
-            self._entries.append((part.__dict__, "training", part.training))
-            self._entries += [(part._modules, name, child) for name, child in part._modules.items()]
-            self._hooks += [(getattr(part, name), bool(getattr(part, name))) for name in HOOKS]
-            for owner in (part._parameters, part._buffers):
-                for name, tensor in owner.items():
-                    self._entries.append((owner, name, tensor))
-                    if tensor is not None:
-                        if tensor.is_inference():
-                            self.clear()
-                            return False
-                        self._versions.append((tensor, tensor._version))
-        return True
+        kept = self._kept
+        if kept is not None and kept.holds(facts):
+            return kept.value
+        state = _state_of(module)  # before what is computed of it: a change in between is seen at the next call
+        value = compute()
+        self._kept = None if state is None else Kept(value, facts, *state)
+        return value
 
     def __deepcopy__(self, memo) -> Derived:
         return Derived()
 
     def __reduce__(self):
         return Derived, ()
+
+
+def _state_of(module: nn.Module) -> tuple | None:
+    """As `Kept` holds it; None when a tensor keeps no version (inference tensors), so that nothing can be kept."""
+    entries: list[tuple[dict, str, Any]] = []
+    versions, hooks = [], []
+    for part in module.modules():
+        entries.append((part.__dict__, "training", part.training))
+        entries += [(part.__dict__, name, part.__dict__[name]) for name in OPTIONS if name in part.__dict__]
+        entries += [(part._modules, name, child) for name, child in part._modules.items()]
+        hooks += [(getattr(part, name), bool(getattr(part, name))) for name in HOOKS]
+        for owner in (part._parameters, part._buffers):
+            for name, tensor in owner.items():
+                entries.append((owner, name, tensor))
+                if tensor is not None:
+                    if tensor.is_inference():
+                        return None
+                    versions.append((tensor, tensor._version))
+    return entries, versions, hooks
 
 
 def has_hooks(module: nn.Module) -> bool:

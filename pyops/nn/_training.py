@@ -65,7 +65,7 @@ def convolve(k: Kernels, conv: Any, norm: Any, activation: str, input: Pending, 
     statistics, weight, bias, number, group = before
     filter = conv.weight.to(image.dtype)
     if upsample:
-        output, moments = _convolve_dense(k, conv, finish(k, input), filter, upsample)
+        output, moments = _convolve_dense(k, conv, norm, finish(k, input), filter, upsample)
     elif is_pointwise(conv):
         gates = gates or Gates()
         place = (statistics, weight, bias, *gates.layers, number, 0.01, gates.activation, gates.gate_activation, group)
@@ -76,7 +76,7 @@ def convolve(k: Kernels, conv: Any, norm: Any, activation: str, input: Pending, 
             raise ValueError(f"ConvBNAct: input: {tuple(image.shape[2:])} is too small for {conv}")
         output, moments = k.depthwise_train_fwd(image, filter, statistics, weight, bias, *shape, number, 0.01, group)
     else:
-        output, moments = _convolve_dense(k, conv, finish(k, input), filter)
+        output, moments = _convolve_dense(k, conv, norm, finish(k, input), filter)
     own = _group(norm)
     return Pending(output, _statistics(norm, moments, output, own), norm.weight, norm.bias, _activations.NAMES.index(activation), own)
 
@@ -85,15 +85,16 @@ def shape_of(conv: Any) -> Conv:
     return Conv(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def _convolve_dense(k: Kernels, conv: Any, image: Tensor, filter: Tensor, upsample: int = 0) -> tuple[Tensor, Tensor]:
+def _convolve_dense(k: Kernels, conv: Any, norm: Any, image: Tensor, filter: Tensor, upsample: int = 0) -> tuple[Tensor, Tensor | None]:
     call = shape_of(conv)._replace(upsample=upsample)
     seen = _vendor_conv.seen(image.shape, call)
     size = _depthwise_ops.output_size(seen[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation)
     if min(size) < 1:
         raise ValueError(f"ConvBNAct: input: {tuple(image.shape[2:])} is too small for {conv}")
     on_gpu = not image.is_cpu or k is KERNELS["triton"]
-    output, moments = _conv_run.convolve(k, image, filter, None, call, size, moments=True, dense=on_gpu)
-    return output, k.channel_moments(output.detach()) if moments is None else moments
+    batch = _takes_batch(norm)
+    output, moments = _conv_run.convolve(k, image, filter, None, call, size, moments=batch, dense=on_gpu)
+    return output, k.channel_moments(output.detach()) if moments is None and batch else moments
 
 
 def finish(k: Kernels, pending: Pending, keep: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -120,10 +121,18 @@ def _group(norm: nn.Module) -> str:
     return _groups.name_of(norm.process_group or torch.distributed.group.WORLD)
 
 
-def _statistics(norm: Any, moments: Tensor, output: Tensor, group: str) -> Tensor:
+def _takes_batch(norm: Any) -> bool:
+    return norm.training or norm.running_mean is None
+
+
+def _statistics(norm: Any, moments: Any, output: Tensor, group: str) -> Tensor:
     """Batch statistics of `output` in training, with the running ones moved as torch's BatchNorm2d moves them; else those."""
-    if not norm.training and norm.running_mean is not None:
+    if not _takes_batch(norm):
         return constant_statistics(norm.running_mean, norm.running_var, norm.eps, output)
+    return batch_statistics(norm, moments, output.numel() // output.shape[1], group)
+
+
+def batch_statistics(norm: Any, moments: Tensor, count: int, group: str = "") -> Tensor:
     factor = norm.momentum
     tracks = norm.training and norm.track_running_stats
     if tracks and norm.num_batches_tracked is not None:
@@ -132,4 +141,4 @@ def _statistics(norm: Any, moments: Tensor, output: Tensor, group: str) -> Tenso
     running = (norm.running_mean, norm.running_var) if tracks else (None, None)
     if tracks and norm.num_batches_tracked is None and not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(norm.running_mean)  # else the counter's version says that they moved
-    return statistics_of(moments, output.numel() // output.shape[1], norm.eps, group, running, factor)
+    return statistics_of(moments, count, norm.eps, group, running, factor)

@@ -90,19 +90,29 @@ def upsampling_of(layer: nn.Module) -> int:
     return UPSAMPLINGS.index(layer.mode) if twice else 0
 
 
+def _pair(n: Any) -> tuple[int, ...]:
+    """Of a layer's option; empty where it is none that kernels take."""
+    found = tuple(n) if isinstance(n, (tuple, list)) else (n,)
+    whole = len(found) in (1, 2) and all(isinstance(v, int) and 0 <= v < 2**31 for v in found)
+    return (found * 2)[:2] if whole else ()
+
+
 def pool_of(layer: nn.Module) -> Pool | None:
     """None where kernels have none such."""
-    pair: Any = lambda n: n if isinstance(n, tuple) else (n, n)  # noqa: E731
     if isinstance(layer, nn.MaxPool2d):
-        plain = type(layer) is nn.MaxPool2d and pair(layer.dilation) == (1, 1) and not layer.return_indices
+        plain = type(layer) is nn.MaxPool2d and _pair(layer.dilation) == (1, 1) and not layer.return_indices
     elif isinstance(layer, nn.AvgPool2d):
-        counts = layer.count_include_pad or pair(layer.padding) == (0, 0)
+        counts = layer.count_include_pad or _pair(layer.padding) == (0, 0)
         plain = type(layer) is nn.AvgPool2d and counts and layer.divisor_override is None
     else:
         return None
-    pool = Pool(isinstance(layer, nn.MaxPool2d), *(pair(n) for n in (layer.kernel_size, layer.stride, layer.padding)))
-    within = all(2 * padding <= kernel for kernel, padding in zip(pool.kernel, pool.padding, strict=True))
-    return pool if plain and not layer.ceil_mode and within and _conv_run.pools(pool) else None
+    kernel, padding = _pair(layer.kernel_size), _pair(layer.padding)
+    stride = kernel if layer.stride is None else _pair(layer.stride)
+    if not plain or layer.ceil_mode or not (kernel and stride and padding) or min(*kernel, *stride) < 1:
+        return None
+    pool = Pool(isinstance(layer, nn.MaxPool2d), (kernel[0], kernel[1]), (stride[0], stride[1]), (padding[0], padding[1]))
+    within = all(2 * p <= k for k, p in zip(kernel, padding, strict=True))
+    return pool if within and _conv_run.pools(pool) else None
 
 
 class ConvBNAct(nn.Sequential):
@@ -121,6 +131,8 @@ class ConvBNAct(nn.Sequential):
     Raises ValueError for an unknown activation, and torch.nn.Conv2d's errors.
     """
 
+    _place = 0  # of the convolution among the layers
+
     def __init__(
         self,
         in_channels: int,
@@ -136,15 +148,22 @@ class ConvBNAct(nn.Sequential):
         pool: nn.Module | None = None,
         backend: str | None = None,
     ):
+        self._set_up(
+            [], in_channels, out_channels, kernel_size, stride, padding, groups, dilation, activation, eps, momentum, pool, backend
+        )
+
+    def _set_up(
+        self, before, in_channels, out_channels, kernel_size, stride, padding, groups, dilation, activation, eps, momentum, pool, backend
+    ) -> None:
         if pool is not None and not isinstance(pool, (nn.MaxPool2d, nn.AvgPool2d)):
             raise TypeError(f"{type(self).__name__}: pool: expected a torch.nn.MaxPool2d or AvgPool2d, got {type(pool).__name__}")
         if padding is None:
             kernel, apart = (n if isinstance(n, tuple) else (n, n) for n in (kernel_size, dilation))
             padding = (kernel[0] - 1) // 2 * apart[0], (kernel[1] - 1) // 2 * apart[1]
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False)
-        layers: list[nn.Module] = [*self._before(), conv, nn.BatchNorm2d(out_channels, eps, momentum)]
+        layers: list[nn.Module] = [*before, conv, nn.BatchNorm2d(out_channels, eps, momentum)]
         layers += [] if activation is None else [_activation(activation, f"{type(self).__name__}: activation")]
-        super().__init__(*layers, *([] if pool is None else [pool]))
+        nn.Sequential.__init__(self, *layers, *([] if pool is None else [pool]))
         self.backend = backend
         self._folded = Derived()
 
@@ -158,10 +177,6 @@ class ConvBNAct(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.run(input)[0]
-
-    def _before(self) -> list[nn.Module]:
-        """The layers that come before the convolution."""
-        return []
 
     def parts(self) -> Parts | None:
         """None where layers were replaced by some that kernels cannot stand for."""
@@ -205,7 +220,7 @@ class ConvBNAct(nn.Sequential):
 
     def _conv(self) -> nn.Module | None:
         """The convolution, where it is at its place."""
-        layer = self._modules.get(str(len(self._before())))
+        layer = self._modules.get(str(self._place))
         return layer if isinstance(layer, nn.Conv2d) else None
 
     def run_dense(self, input: Tensor, folded: Folded, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -263,6 +278,8 @@ class UpsampleConvBNAct(ConvBNAct):
     Raises ValueError for an unknown mode or activation, and torch.nn.Conv2d's errors.
     """
 
+    _place = 1
+
     def __init__(
         self,
         in_channels: int,
@@ -278,12 +295,8 @@ class UpsampleConvBNAct(ConvBNAct):
     ):
         if mode not in UPSAMPLINGS[1:]:
             raise ValueError(f'UpsampleConvBNAct: mode: expected "nearest" or "bilinear", got {mode!r}')
-        self._mode = mode
-        rest: dict[str, Any] = dict(padding=padding, activation=activation, eps=eps, momentum=momentum, pool=pool, backend=backend)
-        super().__init__(in_channels, out_channels, kernel_size, **rest)
-
-    def _before(self) -> list[nn.Module]:
-        return [nn.Upsample(scale_factor=2, mode=self._mode)]
+        before, rest = [nn.Upsample(scale_factor=2, mode=mode)], (activation, eps, momentum, pool, backend)
+        self._set_up(before, in_channels, out_channels, kernel_size, 1, padding, 1, 1, *rest)
 
 
 KINDS = (

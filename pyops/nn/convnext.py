@@ -30,17 +30,10 @@ class Permute(nn.Module):
 class ConvNeXtBlock(nn.Module):
     """``input + drop_path(layer_scale * mlp(layer_norm(depthwise7x7(input))))``: torchvision's CNBlock, names and results.
 
-        wished, dim = _backends.requested(self.backend), input.shape[1]
-        if torch.compiler.is_compiling() or wished not in ("auto", "cpu", "cuda", "triton"):
-            return False
-        backend = wished if wished in ("cuda", "triton") else "cpu"  # on a GPU, too, "auto" takes PyTorch's layers first
-        if _conv_call.unsupported(input.device.type, input.dtype, backend) is not None:
-            return False
-        if backend == "cpu":
-            return True
-        if input.dtype == torch.float16:  # no room for weights times a layer scale of 1e-6
-            return False
-        return _mlp_ops.cuda_takes(dim, dim, input.dtype) if backend == "cuda" else _mlp_ops.unsupported_by_triton(dim, dim) is None
+    ``[N, dim, H, W] -> [N, dim, H, W]``, fast in channels_last. The MLP widens to ``4 * dim`` with GELU between. Without gradients on a CPU
+    the block is two kernels: the depthwise convolution, and all the rest, whose hidden rows stay in each core's cache; so it is with
+    ``backend="cuda"`` (up to 192 channels) or ``"triton"`` (up to 256), but in float16. LayerNorm's affine and the layer scale are folded
+    into the layers' weights, which are made ready once and again when a parameter changes.
 
     Source: Liu et al., 2022 (A ConvNet for the 2020s).
     """

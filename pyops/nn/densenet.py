@@ -133,8 +133,8 @@ class DenseBlock(nn.ModuleDict):
 
     torchvision's _DenseBlock: parameter names and results. The result is allocated once and every layer writes its channels into it: what
     would be a concatenation before each layer is none. In training a channel's batch statistics are computed once, whoever reads it, and
-    saved are the result and each layer's output of its 1x1 convolution. Under `torch.compile`, and where parts were replaced, batch norm is
-    frozen or dropout is on, the layers are PyTorch's. Gradients of gradients need ``backend="eager"``.
+    saved are the result (do not write to it) and each layer's output of its 1x1 convolution. Under `torch.compile`, and where parts were
+    replaced, batch norm is frozen or dropout is on, the layers are PyTorch's. Gradients of gradients need ``backend="eager"``.
 
     Source: Huang et al., 2017; Pleiss et al., 2017 (memory-efficient DenseNets).
     """

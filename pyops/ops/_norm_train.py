@@ -9,6 +9,8 @@ statistics again. `lrn` and `layer_norm` are the same without gradients, for one
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,22 +19,22 @@ from pyops.ops import _channel_ops, _conv_call, _fused_ops
 
 def _laid_out(image: Tensor, rows: bool) -> Tensor:
     """``[N, P, C]`` or ``[N, C, P]``: a view, but for strided images."""
-    N, C, positions = *image.shape[:2], image.shape[2:].numel()
+    N, C, positions = *image.shape[:2], math.prod(image.shape[2:])
     if rows:
         return image.movedim(1, -1).reshape(N, positions, C).contiguous()
     return image.reshape(N, C, positions).contiguous()
 
 
 def _is_rows(input: Tensor) -> bool:
-    """Whether channels are neighbours in memory."""
-    return input.stride(1) == 1
+    """Whether channels are neighbours in memory, and positions are not."""
+    return input.stride(1) == 1 and not input.is_contiguous()
 
 
 def _restored(output: Tensor, input: Tensor, rows: bool) -> Tensor:
     """A kernel's result in input's shape and layout."""
-    if rows and (input.stride(-1) != 1 or input.shape[1] == 1):
+    if rows:
         return output.view(input.shape[0], *input.shape[2:], input.shape[1]).movedim(-1, 1)
-    return output.view(input.shape)  # of one position, either layout is the same memory
+    return output.view(input.shape)
 
 
 def lrn(k, input: Tensor, size: int, alpha: float, beta: float, bias: float, relu: bool) -> Tensor:
