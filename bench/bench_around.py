@@ -50,6 +50,20 @@ class PlainNorm(nn.Module):
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class PlainResponse(nn.Module):
+    """ReLU and torch.nn.functional.local_response_norm's own ops; the function itself cannot be exported."""
+
+    def __init__(self, norm: LocalResponseNorm):
+        super().__init__()
+        self.size, self.alpha, self.beta, self.k = norm.size, norm.alpha, norm.beta, norm.k
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = x.relu()
+        padded = nn.functional.pad((a * a).unsqueeze(1), (0, 0, 0, 0, self.size // 2, (self.size - 1) // 2))
+        mean = nn.functional.avg_pool3d(padded, (self.size, 1, 1), stride=1).squeeze(1)
+        return a / (mean * self.alpha + self.k) ** self.beta
+
+
 class PlainDenseBlock(nn.Module):
     """torchvision's layers, joined before each."""
 
@@ -68,7 +82,7 @@ def twin_of(module: nn.Module) -> nn.Module:
     if isinstance(module, LayerNorm2d):
         return PlainNorm(module).train(module.training)
     if isinstance(module, LocalResponseNorm):
-        return nn.Sequential(nn.ReLU(), nn.LocalResponseNorm(module.size)).train(module.training)
+        return PlainResponse(module).train(module.training)
     return PlainDenseBlock(module).train(module.training) if isinstance(module, DenseBlock) else plain(module)
 
 

@@ -79,33 +79,59 @@ struct PoolPass {
   // f(tap, the stored vector) for a window's taps.
   template <class F>
   void taps(const Window& w, int64_t n, int64_t c, const F& f) const {
-    const S* const image = static_cast<const S*>(p.input) + ((n * p.H + w.y) * p.W + w.x) * p.C + c;
-    for (int ky = w.ky0; ky < w.ky1; ++ky)
-      for (int kx = w.kx0; kx < w.kx1; ++kx) f(ky * p.kernel[1] + kx, get(image + (ky * p.W + kx) * p.C, p.C - c));
+    const S* from = static_cast<const S*>(p.input) + ((n * p.H + w.y + w.ky0) * p.W + w.x + w.kx0) * p.C + c;
+    const int64_t left = p.C - c;
+    for (int ky = w.ky0; ky < w.ky1; ++ky, from += p.W * p.C) {
+      const S* at = from;
+      const int first = ky * p.kernel[1];
+      if (left >= kF) {
+        for (int kx = w.kx0; kx < w.kx1; ++kx, at += p.C) f(first + kx, load_as(at, float{}));
+      } else {
+        for (int kx = w.kx0; kx < w.kx1; ++kx, at += p.C) f(first + kx, load_part(at, static_cast<int>(left)));
+      }
+    }
   }
   float share() const { return 1.f / static_cast<float>(p.kernel[0] * p.kernel[1]); }
 
   // -------------------------------------------------------------------------------------------------------------- the ops
 
-  template <Activation kWithin>
+  // A row of windows, position by position: what a window holds lies in L1 for all its channels.
+  template <Activation kWithin, bool kAffine, bool kIndex>
   void pool_row(int64_t n, int64_t oy, float* row) const {
     const float each = share();
-    for (int64_t c = 0; c < p.C; c += kF) {
-      const Affine z = affine(c);
-      for (int64_t ox = 0; ox < p.OW; ++ox) {
-        vf best{}, sum{};
-        vi place{};
-        bool first = true;
-        taps(window(oy, ox), n, c, [&](int tap, vf x) {
-          const vf a = activate<kWithin>(z(x), p.slope);
-          sum += a;
-          const auto more = beats(a, best) | (vi{} - static_cast<int>(first));
-          best = more ? a : best, place = more ? vi{} + tap : place, first = false;
+    for (int64_t ox = 0; ox < p.OW; ++ox) {
+      const Window w = window(oy, ox);
+      const int64_t out = ((n * p.OH + oy) * p.OW + ox) * p.C;
+      for (int64_t c = 0; c < p.C; c += kF) {
+        [[maybe_unused]] const Affine z = kAffine ? affine(c) : Affine{};
+        const auto value = [&](vf x) {
+          if constexpr (kAffine) x = z(x);
+          return activate<kWithin>(x, p.slope);
+        };
+        float* const to = row + ox * vectors * kF + c;
+        if (!p.maximum) {
+          vf sum{};
+          taps(w, n, c, [&](int, vf x) { sum += value(x); });
+          store(to, sum * each);
+          continue;
+        }
+        vf best = vf{} - __builtin_inff();
+        [[maybe_unused]] vi place = vi{} + w.ky0 * p.kernel[1] + w.kx0;  // where nothing is above -inf, the first
+        taps(w, n, c, [&]([[maybe_unused]] int tap, vf x) {
+          const vf a = value(x);
+          const auto more = beats(a, best);
+          best = more ? a : best;
+          if constexpr (kIndex) place = more ? vi{} + tap : place;
         });
-        store(row + ox * vectors * kF + c, p.maximum ? best : sum * each);
-        if (p.index_out) put_places(p.index_out + ((n * p.OH + oy) * p.OW + ox) * p.C + c, place, p.C - c);
+        store(to, best);
+        if constexpr (kIndex) put_places(p.index_out + out + c, place, p.C - c);
       }
     }
+  }
+  template <Activation kWithin>
+  void pool_row(int64_t n, int64_t oy, float* row) const {
+    if (p.index_out) p.affine ? pool_row<kWithin, true, true>(n, oy, row) : pool_row<kWithin, false, true>(n, oy, row);
+    else p.affine ? pool_row<kWithin, true, false>(n, oy, row) : pool_row<kWithin, false, false>(n, oy, row);
   }
   void pool(int64_t at, float* row) const {
     const int64_t n = at / p.OH, oy = at % p.OH;
@@ -120,18 +146,23 @@ struct PoolPass {
   }
 
   // Sums of dz and dz * (x - mean) over a row of windows.
-  void reduce(int64_t at, double* sums) const {
-    const int64_t n = at / p.OH, oy = at % p.OH;
+  void reduce(int64_t at, float* lanes, double* sums) const {
+    const int64_t n = at / p.OH, oy = at % p.OH, padded = vectors * kF;
     const float each = share();
+    const auto flush = [&] {
+      for (int64_t c = 0; c < p.C; ++c) sums[c] += lanes[c], sums[p.C + c] += lanes[padded + c];
+      for (int64_t i = 0; i < 2 * padded; ++i) lanes[i] = 0.f;
+    };
+    for (int64_t i = 0; i < 2 * padded; ++i) lanes[i] = 0.f;
     with_activation(p.activation, [&](auto act) {
       constexpr Activation A = decltype(act)::value;
-      for (int64_t c = 0; c < p.C; c += kF) {
-        const Affine z = affine(c);
-        const int64_t left = p.C - c;
-        vf dz{}, squares{};
-        for (int64_t ox = 0; ox < p.OW; ++ox) {
-          const int64_t out = (at * p.OW + ox) * p.C + c;
+      for (int64_t ox = 0; ox < p.OW; ++ox) {
+        const Window w = window(oy, ox);
+        for (int64_t c = 0; c < p.C; c += kF) {
+          const Affine z = affine(c);
+          const int64_t left = p.C - c, out = (at * p.OW + ox) * p.C + c;
           const vf g = get(static_cast<const S*>(p.grad) + out, left) * (p.index ? 1.f : each);
+          vf dz = load(lanes + c), squares = load(lanes + padded + c);
           const auto add = [&](vf x) {
             const vf d = activation_gradient<A>(z(x), g, p.slope);
             dz += d, squares += d * (x - z.mean);
@@ -139,16 +170,14 @@ struct PoolPass {
           if (p.index) {
             const vi place = places(p.index + out, left);
             vf chosen{};
-            taps(window(oy, ox), n, c, [&](int tap, vf x) { chosen = place == tap ? x : chosen; });
+            taps(w, n, c, [&](int tap, vf x) { chosen = place == tap ? x : chosen; });
             add(chosen);
           } else {
-            taps(window(oy, ox), n, c, [&](int, vf x) { add(x); });
+            taps(w, n, c, [&](int, vf x) { add(x); });
           }
-          if (ox % kRun == kRun - 1 || ox + 1 == p.OW) {
-            for (int i = 0; i < kF && i < left; ++i) sums[c + i] += dz[i], sums[p.C + c + i] += squares[i];
-            dz = vf{}, squares = vf{};
-          }
+          store(lanes + c, dz), store(lanes + padded + c, squares);
         }
+        if (ox % kRun == kRun - 1 || ox + 1 == p.OW) flush();
       }
     });
   }
@@ -178,16 +207,15 @@ struct PoolPass {
     const S* const input = static_cast<const S*>(p.input) + at * p.W * p.C;
     S* const out = static_cast<S*>(p.output) + at * p.W * p.C;
     with_activation(p.activation, [&](auto act) {
-      for (int64_t c = 0; c < p.C; c += kF) {
-        const Affine z = affine(c);
-        const int64_t left = p.C - c;
-        const vf terms0 = p.terms ? get(p.terms + c, left) : vf{}, terms1 = p.terms ? get(p.terms + p.C + c, left) : vf{};
-        for (int64_t x = 0; x < p.W; ++x) {
+      for (int64_t x = 0; x < p.W; ++x)
+        for (int64_t c = 0; c < p.C; c += kF) {
+          const Affine z = affine(c);
+          const int64_t left = p.C - c;
+          const vf terms0 = p.terms ? get(p.terms + c, left) : vf{}, terms1 = p.terms ? get(p.terms + p.C + c, left) : vf{};
           const vf value = get(input + x * p.C + c, left);
           const vf dz = activation_gradient<decltype(act)::value>(z(value), load(row + x * vectors * kF + c), p.slope);
           put(out + x * p.C + c, dz * z.scale - terms0 - (value - z.mean) * terms1, left);
         }
-      }
     });
   }
 
@@ -233,11 +261,13 @@ void pool_run(const Pooling& p) {
 void pool_reduce(const Pooling& p) {
   with_storage(p.dtype, [&](auto s) {
     using Pass = PoolPass<decltype(s)>;
-    Pass pass(p, p.N * p.OH, p.OW, [](const Pass& self, const Team& team) {
+    Pass pass(p, p.N * p.OH, p.OW + 1, [](const Pass& self, const Team& team) {  // two rows of sums fit in a row of two or more
       const int64_t doubles = 2 * self.p.C, chunks = self.plan.chunks;
       for (int64_t chunk = chunks * team.rank / team.size; chunk < chunks * (team.rank + 1) / team.size; ++chunk)
         for (int64_t i = 0; i < doubles; ++i) self.chunk_sums[chunk * doubles + i] = 0.0;
-      self.each_row(team, [&](int64_t row, int64_t chunk) { self.reduce(row, self.chunk_sums + chunk * doubles); });
+      self.each_row(team, [&](int64_t row, int64_t chunk) {
+        self.reduce(row, self.rows + team.rank * self.row_values, self.chunk_sums + chunk * doubles);
+      });
       team.sync();
       for (int64_t i = doubles * team.rank / team.size; i < doubles * (team.rank + 1) / team.size; ++i) {
         double sum = 0.0;

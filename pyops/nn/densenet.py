@@ -83,7 +83,8 @@ class DenseLayer(nn.Module):
             ready = self._ready.get(self, lambda: self.make_ready(name, features.dtype), (name, features.dtype))
             if ready is not None and ready.affine.shape[1] == features.shape[1]:
                 output = _channel_ops.image_like(features, features.shape[0], ready.second.shape[0], *features.shape[2:])
-                write(name, ready, features, output, self.backend)
+                with torch.no_grad():
+                    write(name, ready, features, _mid(ready, features), output, self.backend)
                 return _conv_call.in_layout_of(output, features)
         y = self.conv2(self.relu2(self.norm2(self.conv1(self.relu1(self.norm1(features))))))
         return F.dropout(y, self.drop_rate, self.training) if self.drop_rate > 0 else y
@@ -118,14 +119,16 @@ def kernels_of(module: Any, like: Tensor) -> str:
     return _conv_call.choose(type(module).__name__, module.backend, like)
 
 
-def write(name: str, ready: Ready, features: Tensor, output: Tensor, backend: str | None) -> None:
-    """A layer's new channels into `output`; both may be slices of a wider image's channels."""
-    with torch.no_grad():
-        mid = _channel_ops.image_like(features, features.shape[0], ready.bias.shape[0], *features.shape[2:])
-        before, after = (None, ready.affine, None, RELU, 0.0), (ready.bias, None, None, RELU, 0.0)
-        tf32 = _pointwise_ops.tf32_allowed(features)
-        KERNELS[_conv_call.overload(name)].pointwise_into(mid, features, ready.weight, *before, *after, tf32)
-        _conv_run.write_folded(mid, output, ready.second, ready.call, ready.kept, backend)
+def write(name: str, ready: Ready, features: Tensor, mid: Tensor, output: Tensor, backend: str | None) -> None:
+    """A layer's new channels into `output`, by way of `mid`; features and output may be slices of a wider image's channels."""
+    before, after = (None, ready.affine, None, RELU, 0.0), (ready.bias, None, None, RELU, 0.0)
+    tf32 = _pointwise_ops.tf32_allowed(features)
+    KERNELS[_conv_call.overload(name)].pointwise_into(mid, features, ready.weight, *before, *after, tf32)
+    _conv_run.write_folded(mid, output, ready.second, ready.call, ready.kept, backend)
+
+
+def _mid(ready: Ready, features: Tensor) -> Tensor:
+    return _channel_ops.image_like(features, features.shape[0], ready.bias.shape[0], *features.shape[2:])
 
 
 class DenseBlock(nn.ModuleDict):
@@ -190,11 +193,14 @@ class DenseBlock(nn.ModuleDict):
     def _infer(self, name: str, ready: list[Ready], input: Tensor) -> Tensor:
         N, channels, H, W = input.shape
         features = _channel_ops.image_like(input, N, channels + sum(layer.second.shape[0] for layer in ready), H, W)
-        features[:, :channels].copy_(input)
-        for layer in ready:
-            new = channels + layer.second.shape[0]
-            write(name, layer, features[:, :channels], features[:, channels:new], self.backend)
-            channels = new
+        with torch.no_grad():
+            features[:, :channels].copy_(input)
+            mid = _mid(ready[0], features)
+            for layer in ready:
+                new = channels + layer.second.shape[0]
+                mid = mid if mid.shape[1] == layer.bias.shape[0] else _mid(layer, features)  # one for all, as a rule
+                write(name, layer, features[:, :channels], mid, features[:, channels:new], self.backend)
+                channels = new
         return _conv_call.in_layout_of(features, input)
 
 

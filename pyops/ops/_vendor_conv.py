@@ -125,10 +125,9 @@ def keep(weight: Tensor, input: Tensor, call: Conv) -> Tensor:
     weight = weight.to(input.dtype)
     if fused_by(input, call) is None or not hasattr(_onednn, "_reorder_convolution_weight") or input.dim() != 4:
         return weight
-    shape = seen(input.shape, call)
     if is_pointwise(weight, call):  # as a linear layer: the call costs half as much
-        return _onednn._reorder_linear_weight(weight.flatten(1), shape[0] * shape[2] * shape[3])
-    return _onednn._reorder_convolution_weight(weight, call.padding, call.stride, call.dilation, call.groups, list(shape))
+        return _onednn._reorder_linear_weight(weight.flatten(1), input.numel() // input.shape[1])
+    return _onednn._reorder_convolution_weight(weight, call.padding, call.stride, call.dilation, call.groups, list(input.shape))
 
 
 def run(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, call: Conv) -> Tensor:
