@@ -59,8 +59,7 @@ class PlainResponse(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a = x.relu()
-        padded = nn.functional.pad((a * a).unsqueeze(1), (0, 0, 0, 0, self.size // 2, (self.size - 1) // 2))
-        mean = nn.functional.avg_pool3d(padded, (self.size, 1, 1), stride=1).squeeze(1)
+        mean = nn.functional.avg_pool3d((a * a).unsqueeze(1), (self.size, 1, 1), 1, (self.size // 2, 0, 0)).squeeze(1)
         return a / (mean * self.alpha + self.k) ** self.beta
 
 

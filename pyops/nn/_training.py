@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyops import _backends
 from pyops.ops import _activations, _conv_call, _conv_run, _depthwise_ops, _groups, _vendor_conv
 from pyops.ops._fused_ops import KERNELS, Kernels
-from pyops.ops._vendor_conv import Conv, Pool
+from pyops.ops._vendor_conv import UPSAMPLINGS, Conv, Pool
 from pyops.ops.batch_norm_act import constant_statistics, statistics_of
 
 
@@ -44,8 +44,9 @@ def kernels_for(backend: str | None, input: Tensor) -> Kernels | None:
 
 def gains(parts: Any, backend: str | None, input: Tensor) -> bool:
     """Whether a convolution block alone trains sooner on the kernels than on PyTorch's layers. On a CPU that is so of depthwise and of
-    Winograd convolutions and of those with pooling; others took 0.9 to 1.05 of PyTorch's time (2 cores of Zen 4)."""
-    if not input.is_cpu or is_depthwise(parts.conv) or parts.pool is not None or _backends.requested(backend) != "auto":
+    Winograd convolutions and of those with pooling or repeated positions; others took 0.9 to 1.05 of PyTorch's time (2 cores of Zen 4)."""
+    around = parts.pool is not None or parts.upsample == UPSAMPLINGS.index("nearest")
+    if not input.is_cpu or is_depthwise(parts.conv) or around or _backends.requested(backend) != "auto":
         return True
     return _conv_run.winograd(input, parts.conv.weight, shape_of(parts.conv)._replace(upsample=parts.upsample)) > 0
 

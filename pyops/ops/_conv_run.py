@@ -216,7 +216,7 @@ def convolve(
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution with gradients, and its moments where asked for and where its own kernel gives them: `dense`, on a GPU."""
     if call.upsample:
-        input, weight, call = _enlarged(input, weight, call, dense or (ours and not winograd(input, weight, call)))
+        input, weight, call = _enlarged(input, weight, call, transposes=dense or ours)
     if call.output_padding is not None and any(r >= s for r, s in zip(call.output_padding, call.stride, strict=True)):
         dense = ours = False  # positions that no stride of the gradient's convolution reaches
     if not dense and not (ours and winograd(input, weight, call)):
