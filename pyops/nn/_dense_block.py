@@ -133,7 +133,11 @@ class _DenseBlock(torch.autograd.Function):
 def _conv_backward(layer: _Layer, grad: Tensor, a: Tensor, tf32: bool, needs_weight: bool) -> tuple[Tensor, Tensor | None]:
     """(gradient of a, of the filter) of the 3x3 convolution."""
     k, weight = layer.k, layer.weight2
-    if a.is_cpu and k is KERNELS["default"] and not _winograd_ops.size_of_tile(grad.shape, weight.transpose(0, 1), *_CONV, keeps=False):
+    if (
+        a.is_cpu
+        and k is KERNELS["default"]
+        and not _winograd_ops.size_of_tile(grad.shape, weight.transpose(0, 1), *_CONV, False, grad.dtype)
+    ):
         found = torch.ops.aten.convolution_backward(grad, a, weight, None, *_CONV[:3], False, [0, 0], _CONV[3], [True, needs_weight, False])
         return found[0].contiguous(memory_format=torch.channels_last), found[1]
     size = list(a.shape[2:])

@@ -239,7 +239,7 @@ def winograd_times(input: Tensor, weight: Tensor, call: Conv, keeps: bool = Fals
     if call.transposed or input.dim() != 4 or _conv_call.is_recorded():
         return {}
     numbers = (call.stride, call.padding, call.dilation, call.groups)
-    return _winograd_ops.expected_times(_vendor_conv.seen(input.shape, call), weight, *numbers, keeps)
+    return _winograd_ops.expected_times(_vendor_conv.seen(input.shape, call), weight, *numbers, keeps, input.dtype)
 
 
 def _with_rows(t: Tensor) -> Tensor:

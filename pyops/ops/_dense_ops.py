@@ -143,7 +143,7 @@ def _on_cpu(input, weight, bias, residual, call: Conv, moments, pool=0) -> tuple
     m = 0
     if min(pads) >= 0 and not any(call.output_padding or ()):
         filter = weight.transpose(0, 1) if call.transposed else weight
-        m = _winograd_ops.size_of_tile(input.shape, filter, call.stride, pads, call.dilation, call.groups, keeps=False)
+        m = _winograd_ops.size_of_tile(input.shape, filter, call.stride, pads, call.dilation, call.groups, False, input.dtype)
     if m:
         points = torch.ops.pyops.winograd_pack.default(filter.flip(2, 3).float() if call.transposed else filter.float(), m)
         epilogue = (call.activation, call.slope, call.residual_last)

@@ -11,6 +11,7 @@ Images are [N, C, H, W] in channels_last memory (others are copied), bias is flo
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -46,14 +47,18 @@ _library.define(
 )
 
 
-def size_of_tile(shape: tuple[int, ...], weight: Tensor, stride, padding, dilation, groups: int, keeps: bool) -> int:
-    """m of the F(m x m, 3x3) for a CPU convolution of an image of `shape`, 0 where a direct convolution is expected to be faster or this
-    is none of Winograd's. `keeps`: the points of the filters are kept from call to call."""
-    times = expected_times(shape, weight, stride, padding, dilation, groups, keeps)
+def size_of_tile(
+    shape: tuple[int, ...], weight: Tensor, stride, padding, dilation, groups: int, keeps: bool, dtype: torch.dtype = torch.float32
+) -> int:
+    """m of the F(m x m, 3x3) for a CPU convolution of an image of `shape` and `dtype`, 0 where a direct convolution is expected to be faster
+    or this is none of Winograd's. `keeps`: the points of the filters are kept from call to call."""
+    times = expected_times(shape, weight, stride, padding, dilation, groups, keeps, dtype)
     return min(times, key=lambda m: times[m]) if times else 0
 
 
-def expected_times(shape: tuple[int, ...], weight: Tensor, stride, padding, dilation, groups: int, keeps: bool) -> dict[int, float]:
+def expected_times(
+    shape: tuple[int, ...], weight: Tensor, stride, padding, dilation, groups: int, keeps: bool, dtype: torch.dtype = torch.float32
+) -> dict[int, float]:
     """Seconds by m, of a direct convolution by 0; Winograd's with the margin that they must promise. Empty where they have no say."""
     plain = tuple(stride) == (1, 1) and tuple(dilation) == (1, 1) and groups == 1
     if not plain or weight.dim() != 4 or tuple(weight.shape[2:]) != (3, 3) or not _allowed():
@@ -62,7 +67,7 @@ def expected_times(shape: tuple[int, ...], weight: Tensor, stride, padding, dila
     O, OH, OW = weight.shape[0], H + 2 * padding[0] - 2, W + 2 * padding[1] - 2
     if N == 0 or min(OH, OW) < 1 or C < 16 or O < 16:
         return {}
-    times = {0: 18e-9 * N * OH * OW * C * O / _DIRECT}
+    times = {0: 18e-9 * N * OH * OW * C * O / (_DIRECT_PAIRS if dtype == torch.bfloat16 and _multiplies_pairs() else _DIRECT)}
     for m in (2, 4):
         points, tiles = (m + 2) ** 2, N * -(-OH // m) * -(-OW // m)
         size = 4e-9 * points * C * O
@@ -72,10 +77,17 @@ def expected_times(shape: tuple[int, ...], weight: Tensor, stride, padding, dila
     return times
 
 
-# Two cores of Zen 4: GFLOP/s of products, GB/s of points of filters from L3 and from memory, GB/s of writing them, seconds of the calls
-# around that (copies of the filter, fresh memory), bytes (GB) that L3 holds, and how much faster a convolution must promise to be. Measured
-# times of 16 shapes lay within 30 % of these sums, and what was chosen was the fastest of the three but on one, by 0.02 ms.
-_DIRECT, _L3, _MEMORY, _WRITES, _CALL, _L3_SIZE, _MARGIN = 220.0, 90.0, 35.0, 6.0, 3e-4, 0.024, 1.1
+@functools.cache
+def _multiplies_pairs() -> bool:
+    """Whether direct convolutions multiply pairs of bfloat16; Winograd's sums are in float32 whatever the image."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+# Two cores of Zen 4: GFLOP/s of products, of direct ones of bfloat16 pairs, GB/s of points of filters from L3 and from memory, GB/s of
+# writing them, seconds of the calls around that (copies of the filter, fresh memory), bytes (GB) that L3 holds, and how much faster a
+# convolution must promise to be. Measured times of 16 shapes lay within 30 % of these sums, and what was chosen was the fastest of the three
+# but on one, by 0.02 ms; in bfloat16 on 12 of 13, by 0.07 ms.
+_DIRECT, _DIRECT_PAIRS, _L3, _MEMORY, _WRITES, _CALL, _L3_SIZE, _MARGIN = 220.0, 450.0, 90.0, 35.0, 6.0, 3e-4, 0.024, 1.1
 
 
 def _allowed() -> bool:
