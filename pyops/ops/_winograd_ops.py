@@ -50,8 +50,8 @@ _library.define(
 def size_of_tile(
     shape: tuple[int, ...], weight: Tensor, stride, padding, dilation, groups: int, keeps: bool, dtype: torch.dtype = torch.float32
 ) -> int:
-    """m of the F(m x m, 3x3) for a CPU convolution of an image of `shape` and `dtype`, 0 where a direct convolution is expected to be faster
-    or this is none of Winograd's. `keeps`: the points of the filters are kept from call to call."""
+    """m of the F(m x m, 3x3) for a CPU convolution of an image of `shape` and `dtype`, 0 where a direct convolution is expected to be
+    faster or this is none of Winograd's. `keeps`: the points of the filters are kept from call to call."""
     times = expected_times(shape, weight, stride, padding, dilation, groups, keeps, dtype)
     return min(times, key=lambda m: times[m]) if times else 0
 
@@ -85,8 +85,8 @@ def _multiplies_pairs() -> bool:
 
 # Two cores of Zen 4: GFLOP/s of products, of direct ones of bfloat16 pairs, GB/s of points of filters from L3 and from memory, GB/s of
 # writing them, seconds of the calls around that (copies of the filter, fresh memory), bytes (GB) that L3 holds, and how much faster a
-# convolution must promise to be. Measured times of 16 shapes lay within 30 % of these sums, and what was chosen was the fastest of the three
-# but on one, by 0.02 ms; in bfloat16 on 12 of 13, by 0.07 ms.
+# convolution must promise to be. Measured times of 16 shapes lay within 30 % of these sums, and what was chosen was the fastest of the
+# three but on one, by 0.02 ms; in bfloat16 on 12 of 13, by 0.07 ms.
 _DIRECT, _DIRECT_PAIRS, _L3, _MEMORY, _WRITES, _CALL, _L3_SIZE, _MARGIN = 220.0, 450.0, 90.0, 35.0, 6.0, 3e-4, 0.024, 1.1
 
 
