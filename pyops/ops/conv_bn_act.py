@@ -208,6 +208,8 @@ def _way_on_cpu(call: Conv, input: Tensor, weight: Tensor) -> str:
     """What the CPU's kernels are for a call, and why."""
     m, times = _conv_run.winograd(input, weight, call), _conv_run.winograd_times(input, weight, call)
     engine = "oneDNN, fused" if _vendor_conv.fused_by(input, call) else "PyTorch's convolution"
+    if not m and _conv_run.repeats(weight, call):
+        engine = "PyTorch's transposed convolution of the small image"
     if not times:
         return engine
     found = ", ".join(f"{name} {times[n] * 1e3:.3g} ms" for n, name in ((4, "F(4x4)"), (2, "F(2x2)"), (0, "direct")))
