@@ -44,9 +44,9 @@ class Derived:
     """One value, kept until the module tree that it was computed from changes. Never saved, never copied.
 
     What counts as a change: a parameter, buffer or submodule replaced, a tensor written in place (by its version), a hook added, a
-    part's train or eval mode, one of a layer's OPTIONS. Writing through ``parameter.data`` bumps no version; owners therefore call `clear`
-    in ``train`` and ``_apply`` (``module.to(...)``) as well. Threads may call the module at once: what is kept is one object, which is
-    replaced and never written.
+    part's train or eval mode, one of a layer's OPTIONS. Writing through ``parameter.data`` bumps no version; `Keeps` therefore drops the
+    value in ``train`` and ``_apply`` (``module.to(...)``) as well. Threads may call the module at once: what is kept is one object, which
+    is replaced and never written.
     """
 
     def __init__(self):
@@ -72,6 +72,20 @@ class Derived:
 
     def __reduce__(self):
         return Derived, ()
+
+
+class Keeps:
+    """Of modules that keep a `Derived` as ``_kept``: drops it where a change of tensors may have gone unseen."""
+
+    _kept: Derived
+
+    def train(self, mode: bool = True):
+        self._kept.clear()
+        return super().train(mode)  # type: ignore[misc]
+
+    def _apply(self, fn, recurse=True):
+        self._kept.clear()
+        return super()._apply(fn, recurse)  # type: ignore[misc]
 
 
 def _state_of(module: nn.Module) -> tuple | None:

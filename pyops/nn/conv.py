@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyops.nn import _training
-from pyops.nn._derived import Derived, is_plain
+from pyops.nn._derived import Derived, Keeps, is_plain
 from pyops.ops import _activations, _conv_call, _conv_run, _vendor_conv
 from pyops.ops._fused_ops import Squeeze
 from pyops.ops._vendor_conv import UPSAMPLINGS, Conv, Pool
@@ -115,7 +115,7 @@ def pool_of(layer: nn.Module) -> Pool | None:
     return pool if within and _conv_run.pools(pool) else None
 
 
-class ConvBNAct(nn.Sequential):
+class ConvBNAct(Keeps, nn.Sequential):
     """Convolution, batch norm, activation, pooling: ``[N, C, H, W] -> [N, out_channels, OH, OW]``.
 
     Parameter names are those of torchvision's Conv2dNormActivation (``0.weight``, ``1.weight``, ...). Depthwise
@@ -165,15 +165,7 @@ class ConvBNAct(nn.Sequential):
         layers += [] if activation is None else [_activation(activation, f"{type(self).__name__}: activation")]
         nn.Sequential.__init__(self, *layers, *([] if pool is None else [pool]))
         self.backend = backend
-        self._folded = Derived()
-
-    def train(self, mode: bool = True):
-        self._folded.clear()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
-        self._folded.clear()
-        return super()._apply(fn, recurse)
+        self._kept = Derived()
 
     def forward(self, input: Tensor) -> Tensor:
         return self.run(input)[0]
@@ -252,7 +244,7 @@ class ConvBNAct(nn.Sequential):
 
     def folded(self) -> Folded | None:
         """None where the running statistics cannot be folded."""
-        return self._fold() if torch.compiler.is_compiling() else self._folded.get(self, self._fold)
+        return self._fold() if torch.compiler.is_compiling() else self._kept.get(self, self._fold)
 
     def _fold(self) -> Folded | None:
         parts = self.parts() if is_plain(self, KINDS) else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyops import _backends
-from pyops.nn._derived import Derived, has_hooks, is_plain
+from pyops.nn._derived import Derived, Keeps, has_hooks, is_plain
 from pyops.nn.conv import DropPath, can_fold
 from pyops.ops import _activations, _conv_call, _mlp_ops
 from pyops.ops.depthwise_conv import depthwise_conv_bn_act, run_folded
@@ -27,7 +27,7 @@ class Permute(nn.Module):
         return input.permute(self.dims)
 
 
-class ConvNeXtBlock(nn.Module):
+class ConvNeXtBlock(Keeps, nn.Module):
     """``input + drop_path(layer_scale * mlp(layer_norm(depthwise7x7(input))))``: torchvision's CNBlock, names and results.
 
     ``[N, dim, H, W] -> [N, dim, H, W]``, fast in channels_last. The MLP widens to ``4 * dim`` with GELU between. Without gradients on a CPU
@@ -55,14 +55,6 @@ class ConvNeXtBlock(nn.Module):
         self.stochastic_depth = DropPath(drop_path)
         self.backend = backend
         self._kept = Derived()
-
-    def train(self, mode: bool = True):
-        self._kept.clear()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
-        self._kept.clear()
-        return super()._apply(fn, recurse)
 
     def forward(self, input: Tensor) -> Tensor:
         conv: Any = self.block[0]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyops.nn import _dense_block
-from pyops.nn._derived import Derived, has_hooks, is_plain
+from pyops.nn._derived import Derived, Keeps, has_hooks, is_plain
 from pyops.nn.conv import can_fold, pool_of
 from pyops.ops import _activations, _channel_ops, _conv_call, _conv_run, _pointwise_ops
 from pyops.ops._fused_ops import KERNELS
@@ -38,7 +38,7 @@ def _affine(norm: Any) -> Tensor:
     return torch.stack([torch.zeros_like(scale), scale, shift if norm.bias is None else shift + norm.bias.float()])
 
 
-class DenseLayer(nn.Module):
+class DenseLayer(Keeps, nn.Module):
     """``conv3x3(relu(bn(conv1x1(relu(bn(features))))))``: ``growth_rate`` new channels from all that came before.
 
     torchvision's _DenseLayer: constructor, parameter names, results; ``forward`` takes ``[N, C, H, W]`` or a list of such, to be joined by
@@ -66,21 +66,13 @@ class DenseLayer(nn.Module):
         self.relu2 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(bn_size * growth_rate, growth_rate, 3, padding=1, bias=False)
         self.drop_rate, self.memory_efficient, self.backend = float(drop_rate), memory_efficient, backend
-        self._ready = Derived()
-
-    def train(self, mode: bool = True):
-        self._ready.clear()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
-        self._ready.clear()
-        return super()._apply(fn, recurse)
+        self._kept = Derived()
 
     def forward(self, input: Tensor | list[Tensor]) -> Tensor:
         features = input if isinstance(input, Tensor) else torch.cat(list(input), 1)
         if _infers(self.conv1.weight, features):
             name = kernels_of(self, features)
-            ready = self._ready.get(self, lambda: self.make_ready(name, features.dtype), (name, features.dtype))
+            ready = self._kept.get(self, lambda: self.make_ready(name, features.dtype), (name, features.dtype))
             if ready is not None and ready.affine.shape[1] == features.shape[1]:
                 output = _channel_ops.image_like(features, features.shape[0], ready.second.shape[0], *features.shape[2:])
                 with torch.no_grad():
@@ -131,7 +123,7 @@ def _mid(ready: Ready, features: Tensor) -> Tensor:
     return _channel_ops.image_like(features, features.shape[0], ready.bias.shape[0], *features.shape[2:])
 
 
-class DenseBlock(nn.ModuleDict):
+class DenseBlock(Keeps, nn.ModuleDict):
     """Layers that each read all channels before them and add ``growth_rate``: ``[N, C, H, W] -> [N, C + num_layers * growth_rate, H, W]``.
 
     torchvision's _DenseBlock: parameter names and results. The result is allocated once and every layer writes its channels into it: what
@@ -159,22 +151,14 @@ class DenseBlock(nn.ModuleDict):
             channels = num_input_features + i * growth_rate
             self[f"denselayer{i + 1}"] = DenseLayer(channels, growth_rate, bn_size, drop_rate, memory_efficient, backend)
         self.backend = backend
-        self._ready = Derived()
-
-    def train(self, mode: bool = True):
-        self._ready.clear()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
-        self._ready.clear()
-        return super()._apply(fn, recurse)
+        self._kept = Derived()
 
     def forward(self, init_features: Tensor) -> Tensor:
         layers: list[Any] = list(self.values())
         if not torch.compiler.is_compiling() and init_features.dim() == 4 and all(type(layer) is DenseLayer for layer in layers):
             name = kernels_of(self, init_features)
             if _infers(layers[0].conv1.weight, init_features):
-                ready = self._ready.get(self, lambda: self._make_ready(layers, name, init_features), (name, init_features.dtype))
+                ready = self._kept.get(self, lambda: self._make_ready(layers, name, init_features), (name, init_features.dtype))
                 if ready is not None and ready[0].affine.shape[1] == init_features.shape[1]:
                     return self._infer(name, ready, init_features)
             elif _dense_block.can_train(name, layers, init_features) and _chained(layers, init_features.shape[1]):
@@ -213,7 +197,7 @@ def _chained(layers: list[Any], channels: int) -> bool:
     return True
 
 
-class DenseTransition(nn.Sequential):
+class DenseTransition(Keeps, nn.Sequential):
     """``pool(conv1x1(relu(bn(input))))``, between dense blocks: torchvision's _Transition, names and results.
 
     ``pool`` is what follows, torchvision's ``AvgPool2d(2, 2)`` where it is None. An average of what a 1x1 convolution gives is the 1x1
@@ -228,22 +212,14 @@ class DenseTransition(nn.Sequential):
         self.conv = nn.Conv2d(num_input_features, num_output_features, 1, bias=False)
         self.pool = nn.AvgPool2d(2, 2) if pool is None else pool
         self.backend = backend
-        self._ready = Derived()
-
-    def train(self, mode: bool = True):
-        self._ready.clear()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
-        self._ready.clear()
-        return super()._apply(fn, recurse)
+        self._kept = Derived()
 
     def forward(self, input: Tensor) -> Tensor:
         pool = pool_of(self.pool)
         name = kernels_of(self, input) if pool is not None and self._infers(input) else "eager"
         if pool is None or name == "eager" or not _fits(pool, input):
             return super().forward(input)
-        affine = self._ready.get(self, lambda: _affine(self.norm))
+        affine = self._kept.get(self, lambda: _affine(self.norm))
         kernels, windows = KERNELS[_conv_call.overload(name)], _conv_run.windows(pool)
         with torch.no_grad():
             if not pool.maximum:

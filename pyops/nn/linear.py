@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from pyops import _backends
-from pyops.nn._derived import Derived
+from pyops.nn._derived import Derived, Keeps
 from pyops.ops import _activations, _conv_call
 from pyops.ops import linear_act as _linear
 
 
-class LinearAct(nn.Linear):
+class LinearAct(Keeps, nn.Linear):
     """`torch.nn.Linear`, same parameters, with a residual and an activation after it: ``[..., in_features] -> [..., out_features]``.
 
     Without gradients on a CPU the weight is kept in oneDNN's layout, and laid out anew when it changes.
@@ -27,14 +27,6 @@ class LinearAct(nn.Linear):
         _activations.number("LinearAct", activation)
         self.activation, self.backend = activation, backend
         self._kept = Derived()
-
-    def train(self, mode: bool = True):
-        self._kept.clear()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
-        self._kept.clear()
-        return super()._apply(fn, recurse)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         weight, bias = self.weight, self.bias

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyops import _backends, _library
 from pyops.nn import _training
-from pyops.nn._derived import Derived, has_hooks, is_plain
+from pyops.nn._derived import Derived, Keeps, has_hooks, is_plain
 from pyops.nn.conv import KINDS, ConvBNAct, DropPath, Folded, SqueezeExcitation, can_fold
 from pyops.ops import _activations, _conv_call, _expand_depthwise_ops, _mbconv_ops, _pointwise_ops  # noqa: F401  (registers the ops)
 
@@ -62,7 +62,7 @@ def _fits(conv: nn.Conv2d, parts: list[Any]) -> bool:
     return square and _training.is_depthwise(conv) and all(_training.is_pointwise(other) for other in others)
 
 
-class MBConv(nn.Module):
+class MBConv(Keeps, nn.Module):
     """An inverted-residual block: expand 1x1, depthwise, squeeze-excitation, project 1x1 (+ input): torchvision's names and results.
 
     ``[N, in_channels, H, W] -> [N, out_channels, OH, OW]``. ``expand_ratio=1`` has no expansion; ``squeeze_channels=None`` takes
@@ -105,22 +105,14 @@ class MBConv(nn.Module):
         self.expands = expand_ratio > 1
         self.kinds = tuple(type(layer) for layer in layers)
         self.out_channels, self.backend = out_channels, backend
-        self._packed = Derived()
-
-    def train(self, mode: bool = True):
-        self._packed.clear()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
-        self._packed.clear()
-        return super()._apply(fn, recurse)
+        self._kept = Derived()
 
     def forward(self, input: Tensor) -> Tensor:
         first: Any = self.block[0]
         folds = can_fold(first[0].weight, input) and not drops(self)
         if folds and input.is_cpu and not torch.compiler.is_compiling():
             wish = _backends.requested(self.backend)
-            kernel = self._packed.get(self.block, self._pack, input.dtype) if wish in ("auto", "cpu") else None
+            kernel = self._kept.get(self.block, self._pack, input.dtype) if wish in ("auto", "cpu") else None
             if kernel is not None:  # made for standard layers, and they have not changed
                 return self._infer(input, *kernel)
         if not is_standard(self, self.kinds):

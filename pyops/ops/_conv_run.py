@@ -80,11 +80,12 @@ def run_folded(
 def write_folded(input: Tensor, out: Tensor, weight: Tensor, call: Conv, kept: dict, backend: str | None) -> None:
     """`run_folded` without bias and residual into `out`, which may be a slice of a wider image's channels."""
     key = ("into", input.shape, input.dtype, _vendor_conv.switches())
-    m = kept.get(key) if backend is None and not _backends.overridden() else None
+    free = backend is None and not _backends.overridden()
+    m = kept.get(key) if free else None
     if m is None:
         name = facts_of("conv_bn_act", input, ()).choose(backend)
         m = winograd(input, weight, call, keeps=True) if name == "cpu" else 0
-        if backend is None and not _backends.overridden() and len(kept) < MOST_PLANS:
+        if free and len(kept) < MOST_PLANS:
             kept[key] = m
     if m:
         points = _kept(kept, m, lambda: torch.ops.pyops.winograd_pack.default(weight, m))
@@ -205,8 +206,8 @@ def repeats(weight: Tensor, call: Conv) -> bool:
 
 def _enlarged(input: Tensor, weight: Tensor, call: Conv, transposes: bool) -> tuple[Tensor, Tensor, Conv]:
     """The same without upsampling, differentiable. Where each position is repeated, the convolution of what is enlarged is a transposed
-    convolution of what is not, with a filter one larger: of 3x3 filters at 4/9 of the products (on 2 cores of Zen 4 PyTorch's took 0.3 to
-    0.75 of the time that enlarging and convolving did)."""
+    convolution of what is not, with a filter one larger: of 3x3 filters at 4/9 of the products (on 2 cores of Zen 4 PyTorch's took a
+    quarter to three quarters of the time that enlarging and convolving did)."""
     if not transposes or not repeats(weight, call):
         return _vendor_conv.enlarge(input, call), weight, call._replace(upsample=0)
     ends = [k - 1 - p for k, p in zip(weight.shape[2:], call.padding, strict=True)]
