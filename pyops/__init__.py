@@ -9,6 +9,7 @@ from pyops.fuse import fuse, unfuse
 from pyops.ops.batch_norm_act import batch_norm_act
 from pyops.ops.conv_bn_act import conv_bn_act, conv_transpose_bn_act
 from pyops.ops.depthwise_conv import depthwise_conv_bn_act
+from pyops.ops.flash_attention import flash_attention
 from pyops.ops.gru import fused_gru, gru_cell
 from pyops.ops.layer_norm_2d import layer_norm_2d
 from pyops.ops.linear_act import linear_act
@@ -17,6 +18,7 @@ from pyops.ops.lstm import fused_lstm, lstm_cell
 from pyops.ops.pointwise_conv import pointwise_conv
 from pyops.ops.rnn import fused_rnn, rnn_cell
 from pyops.ops.squeeze_excite import squeeze_excite
+from pyops.ops.window_attention import window_attention
 
 __version__ = "0.1.0"
 
@@ -27,6 +29,7 @@ __all__ = [
     "conv_transpose_bn_act",
     "depthwise_conv_bn_act",
     "explain",
+    "flash_attention",
     "fuse",
     "fused_gru",
     "fused_lstm",
@@ -41,4 +44,5 @@ __all__ = [
     "rnn_cell",
     "squeeze_excite",
     "unfuse",
+    "window_attention",
 ]

@@ -69,7 +69,7 @@ def double(value):
     return {key: double(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-CONSTANTS = ("running_", "keep")  # keyword arguments that no gradient flows into
+CONSTANTS = ("running_", "keep", "alibi_")  # keyword arguments that no gradient flows into
 
 
 def leaves(value) -> list[torch.Tensor]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from pyops import _library
 from pyops.ops import (  # noqa: F401  (registers the ops that `Kernels` looks up)
     _activations,
+    _attention_ops,
     _channel_ops,
     _composed_ops,
     _conv_call,
@@ -35,6 +36,7 @@ from pyops.ops import (  # noqa: F401  (registers the ops that `Kernels` looks u
     _norm_ops,
     _pointwise_ops,
     _pool_ops,
+    _window_attention_ops,
 )
 from pyops.ops._channel_ops import image_like, vector
 
@@ -43,6 +45,7 @@ _PARTS = (
     "depthwise_infer", "depthwise_bwd", "depthwise_after", "depthwise_after_bwd", "pointwise_run", "pointwise_into", "pointwise_back",
     "conv_run", "conv_transpose_run", "conv_wgrad", "pool_run", "pool_reduce", "pool_grad",
     "lrn_run", "lrn_grad", "layer_norm_run", "layer_norm_grad",
+    "attention_into", "attention_grad_into", "window_attention_into", "window_attention_grad_into",
 )  # fmt: skip
 _SMALL = ("channel_norm", "channel_affine", "channel_terms")  # whose default overload serves every backend
 
@@ -272,14 +275,14 @@ def _composed(function, k: Kernels):
     return call
 
 
-def _direct(name: str, forward, run_backward, setup_context, autograd) -> Callable:
+def _direct(name: str, forward, run_backward, setup_context, autograd, differentiable: int) -> Callable:
     """The op as a function that torch.library's own autograd (about 0.1 ms a step) does not stand in the way of; not for the compiler."""
 
     def forward_static(ctx, *args):
         output = forward(*args)
         setup_context(ctx, args, output)
         if isinstance(output, tuple):
-            ctx.mark_non_differentiable(*output[1:])
+            ctx.mark_non_differentiable(*output[differentiable:])
         return output
 
     body = dict(forward=staticmethod(forward_static), backward=staticmethod(lambda ctx, *grads: autograd(ctx, run_backward, *grads)))
@@ -291,13 +294,13 @@ def _either(registered, direct) -> Callable:
     return lambda *args: registered(*args) if torch.compiler.is_compiling() else direct(*args)
 
 
-def define(name: str, schema: str, results: str, fake, forward, setup_context, autograd, backward: tuple) -> None:
-    """A differentiable op and its backward op, for both overloads."""
+def define(name: str, schema: str, results: str, fake, forward, setup_context, autograd, backward: tuple, differentiable: int = 1) -> None:
+    """A differentiable op and its backward op, for both overloads. `differentiable`: how many of the results carry gradients."""
     backward_schema, fake_backward, run_backward = backward
     for overload in ("default", "triton"):
         k = KERNELS[overload]
         compose, compose_backward = _composed(forward, k), _composed(run_backward, k)
-        direct = _direct(name, compose, compose_backward, setup_context, autograd)
+        direct = _direct(name, compose, compose_backward, setup_context, autograd, differentiable)
         plain = overload == "default"
         overloads = ("" if plain else overload,)
         _library.define(

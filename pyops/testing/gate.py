@@ -13,14 +13,16 @@ GRADIENT = 3.0
 
 
 def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Relative L2 distance of results to their float64 truths, all pairs as one long vector; infinite where a NaN is not the truth's."""
+    """Relative L2 distance of results to their float64 truths, all pairs as one long vector; infinite where what is not finite differs."""
     distance = norm = 0.0
     for found, truth in pairs:
         found, truth = found.detach().double(), truth.detach().double()
         if found.shape != truth.shape:
             raise AssertionError(f"shape {tuple(found.shape)}, expected {tuple(truth.shape)}")
-        if not torch.equal(found.isfinite(), truth.isfinite()):
+        finite = truth.isfinite()
+        if not torch.equal(found.isfinite(), finite) or not torch.allclose(found[~finite], truth[~finite], equal_nan=True):
             return math.inf
+        found, truth = found[finite], truth[finite]
         distance += (found - truth).square().sum().item()
         norm += truth.square().sum().item()
     return math.sqrt(distance / norm) if norm else math.sqrt(distance)
