@@ -24,8 +24,8 @@ CASES = [
 ]
 
 
-def with_gradients(args):
-    """The arguments as leaves that ask for gradients, and those leaves."""
+def with_gradients(args, kwargs, learned):
+    """(positional arguments, keyword arguments) with leaves that ask for gradients, and those leaves."""
     found: list[torch.Tensor] = []
 
     def visit(value):
@@ -34,7 +34,7 @@ def with_gradients(args):
             return found[-1]
         return tuple(map(visit, value)) if isinstance(value, tuple) else value
 
-    return visit(args), found
+    return visit(args), kwargs | {name: visit(kwargs[name]) for name in learned if name in kwargs}, found
 
 
 def build_peers(spec, args, kwargs, wanted: str):
@@ -62,7 +62,7 @@ def bench_op(spec, sample, dtype, backend, direction, race, benchmark, request):
     training = direction == "training"
     leaves: list[torch.Tensor] = []
     if training:
-        args, leaves = with_gradients(args)
+        args, kwargs, leaves = with_gradients(args, kwargs, spec.learned)
     wanted = request.config.getoption("--bench-peers")
     peers, skipped = build_peers(spec, args, kwargs, wanted)
 

@@ -21,7 +21,9 @@ def pytest_addoption(parser):
     group = parser.getgroup("pyops bench")
     group.addoption("--bench-rounds", type=int, default=0, help="rounds per benchmark; 0: as many as --bench-seconds allows, 11 to 101")
     group.addoption("--bench-seconds", type=float, default=4.0, help="time for one benchmark, all peers together")
-    group.addoption("--bench-peers", default="torch.nn,onnxruntime,openvino", help="comma-separated baselines; all for every one")
+    group.addoption(
+        "--bench-peers", default="torch.nn,torch naive,torch sdpa,onnxruntime,openvino", help="comma-separated baselines; all for every one"
+    )
     group.addoption("--bench-threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
 
 

@@ -22,8 +22,10 @@ def prepare(
     _check_kinds(op, query, key, value, ragged)
     query, key, value = _conv_call.autocast(query, key, value)
     if ragged:
-        query, key, value = (query[None], None, None) if key is None else (t.transpose(0, 1)[None] for t in (query, key, value))
+        query = query[None] if key is None else query.transpose(0, 1)[None]
+        key, value = (t if t is None else t.transpose(0, 1)[None] for t in (key, value))
     B, H, N, M, D = _sizes(op, query, key, value, enable_gqa)
+    spans: Tensor | None
     if ragged:
         spans = _ragged_spans(op, cu_seqlens_q, cu_seqlens_k, query_lengths, key_lengths, N, M, key is None, query)
     elif cu_seqlens_k is not None:

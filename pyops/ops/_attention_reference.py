@@ -42,7 +42,7 @@ def visible(device, n, m, rows: int, columns: int, left: int, right: int) -> Ten
 
 
 def _scores(query, key, bias, slopes, lengths, keep, o: Options) -> Scores:
-    H, N, M = *query.shape[1:3], key.shape[2]
+    (_, H, N, _), M = query.shape, key.shape[2]
     n, m = (N, M) if lengths is None else (t[:, None, None, None] for t in lengths)
     s = query @ key.transpose(-1, -2) * o.scale
     capped = s if o.softcap == 0 else o.softcap * torch.tanh(s / o.softcap)
@@ -135,8 +135,8 @@ def forward(query, key, value, bias, slopes, spans, seed, o: Options) -> tuple[T
     found: list[tuple[slice, Tensor, Tensor]] = []
 
     def each(number, rows, columns, lengths, keep):
-        own = (bias, slopes) if number is None else (_per_batch(bias, number), _per_batch(slopes, number))
-        output, lse = _dense(query[:, :, rows], key[:, :, columns], value[:, :, columns], *own, lengths, keep, o)
+        b, s = (t if number is None else _per_batch(t, number) for t in (bias, slopes))
+        output, lse = _dense(query[:, :, rows], key[:, :, columns], value[:, :, columns], b, s, lengths, keep, o)
         found.append((rows, output, lse.to(torch.promote_types(lse.dtype, torch.float32))))
 
     _walk(each, query, key, seed, spans, o)
@@ -158,13 +158,13 @@ def backward(grad, grad_lse, query, key, value, bias, slopes, spans, seed, o: Op
     grad_bias = bias.new_zeros(bias.shape, dtype=torch.promote_types(query.dtype, torch.float32)) if needs_bias else None
 
     def each(number, rows, columns, lengths, keep):
-        own = (bias, slopes) if number is None else (_per_batch(bias, number), _per_batch(slopes, number))
-        parts = [None if t is None else t[:, :, rows] for t in (grad, grad_lse, query)]
-        *found, ds = _dense_grad(*parts, key[:, :, columns], value[:, :, columns], *own, lengths, keep, o)
+        b, s = (t if number is None else _per_batch(t, number) for t in (bias, slopes))
+        g, g_lse, q = (None if t is None else t[:, :, rows] for t in (grad, grad_lse, query))
+        *found, ds = _dense_grad(g, g_lse, q, key[:, :, columns], value[:, :, columns], b, s, lengths, keep, o)
         for total, part, where in zip(grads, found, (rows, columns, columns), strict=True):
             total[:, :, where] += part
         if grad_bias is not None:
-            to = _per_batch(grad_bias, number or 0) if number is not None else grad_bias
+            to = grad_bias if number is None or grad_bias.shape[0] == 1 else grad_bias[number : number + 1]
             to = to[..., : ds.shape[2], : ds.shape[3]]
             to += _sum_to(ds.to(to.dtype), to.shape)
 

@@ -54,7 +54,7 @@ def _backward(k, grad, grad_lse, query, key, value, bias, slopes, spans, seed, o
     return tuple(found)
 
 
-def _fake(query, key, value, *_):
+def _fake(query, key, value, *options) -> tuple[Tensor, Tensor]:
     q, _, v = heads(query, key, value)
     return _output(q, v), _attention_ops.vector(q, *q.shape[:3])
 

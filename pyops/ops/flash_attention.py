@@ -104,13 +104,14 @@ def flash_attention(
     lengths = (query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k)
     call = _attention_checks.prepare(OP, Call, query, key, value, *arguments, *lengths, seed)
     name = _choose(call, backend, return_lse)
-    output, lse = _run(call, name)
+    output, lse = _run(call, name)  # lse None from PyTorch's op, which is not asked for it
     ragged, packed = cu_seqlens_q is not None, key is None
     if packed or ragged:
         output = output.transpose(1, 2)
     if ragged:
-        output, lse = output[0], None if lse is None else lse[0]
-    return (output, lse) if return_lse else output
+        output = output[0]
+        lse = None if lse is None else lse[0]
+    return output if lse is None or not return_lse else (output, lse)
 
 
 def _run(call: Call, name: str) -> tuple[Tensor, Tensor | None]:
@@ -118,7 +119,8 @@ def _run(call: Call, name: str) -> tuple[Tensor, Tensor | None]:
         return _attention_vendor.run(call), None
     call = call._replace(seed=_attention_checks.drawn(call.seed, call.options.dropout_p, call.query))
     if name == "eager":
-        return _attention_reference.forward(*call.heads(), *call[3:])
+        query, key, value = call.heads()
+        return _attention_reference.forward(query, key, value, *call[3:])
     kernels = _fused_ops.KERNELS[_conv_call.overload(name)]
     if torch.compiler.is_compiling() or _conv_call.needs_grad(*call[:4]):
         return kernels.attention_fwd(*call.tensors(), *call.options)

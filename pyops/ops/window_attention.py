@@ -71,7 +71,7 @@ def window_attention(
 
     Source: Liu et al., 2021; Liu et al., 2022; torchvision's `shifted_window_attention` for padding and masks.
     """
-    call = _prepare(qkv, num_heads, window_size, shift_size, relative_position_bias_table, qkv_bias, logit_scale, scale, dropout_p, seed)
+    call = prepare(qkv, num_heads, window_size, shift_size, relative_position_bias_table, qkv_bias, logit_scale, scale, dropout_p, seed)
     reasons = lambda name: _unsupported(call, name)  # noqa: E731
     name = _backends.select(OP, _backends.requested(backend), _conv_call.order(qkv.device.type, _conv_call.is_recorded()), reasons)
     if not torch.compiler.is_compiling():
@@ -106,7 +106,7 @@ def _vector(name: str, t, like: Tensor, shape: tuple[int, ...]) -> Tensor | None
     return None if t is None else t.to(torch.promote_types(like.dtype, torch.float32)).contiguous()
 
 
-def _prepare(qkv, num_heads, window_size, shift_size, table, qkv_bias, logit_scale, scale, dropout_p, seed) -> _Call:
+def prepare(qkv, num_heads, window_size, shift_size, table, qkv_bias, logit_scale, scale, dropout_p, seed) -> _Call:
     _conv_call.check_tensor(OP, "qkv", qkv, optional=False)
     if qkv.dim() != 4:
         raise ValueError(f"{OP}: qkv: expected [B, H, W, 3 * C], got shape {tuple(qkv.shape)}")
@@ -148,7 +148,7 @@ def _explain(
     qkv, num_heads, window_size, shift_size=0, relative_position_bias_table=None, qkv_bias=None, *, logit_scale=None, scale=None,
     dropout_p=0.0, seed=None, backend=None,
 ):  # fmt: skip
-    call = _prepare(qkv, num_heads, window_size, shift_size, relative_position_bias_table, qkv_bias, logit_scale, scale, dropout_p, seed)
+    call = prepare(qkv, num_heads, window_size, shift_size, relative_position_bias_table, qkv_bias, logit_scale, scale, dropout_p, seed)
     facts = f"{qkv.device.type}, {str(qkv.dtype)[6:]}, map {tuple(qkv.shape)}, window {tuple(call.window)}"
     reasons = lambda name: _unsupported(call, name)  # noqa: E731
     return _backends.build_explanation(OP, facts, _backends.requested(backend), _conv_call.order(qkv.device.type), reasons)

@@ -45,6 +45,7 @@ class OpSpec:
     bytes: Callable[..., int]  # that one forward call cannot avoid moving
     # name -> factory(args, kwargs) -> a callable of no arguments that runs the peer; raises ImportError or ValueError when it cannot
     baselines: dict[str, Callable[[tuple, dict], Callable[[], Any]]] = field(default_factory=dict)
+    learned: tuple[str, ...] = ()  # keyword arguments that a training step has gradients of; positional tensors all have
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     backends: tuple[str, ...] = ("cpu", "cuda", "triton")  # held to the numerics gate
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from pyops.ops.flash_attention import flash_attention
 from pyops.testing.registry import ErrorCase, OpSpec, Sample, register
+from pyops.testing.samples.attention_peers import PEERS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -189,44 +188,6 @@ ERRORS = (
 )  # fmt: skip
 
 
-def naive(query, key, value, bias=None, causal=False, scale=None) -> torch.Tensor:
-    """As users write it."""
-    scores = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
-    if causal:
-        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril(), -math.inf)
-    return (scores if bias is None else scores + bias).softmax(-1) @ value
-
-
-def _plain(args, kwargs) -> tuple:
-    """(query, key, value, bias, causal) of a call that PyTorch's users can write without lengths, windows or grouped heads."""
-    other = set(kwargs) - {"attn_bias", "is_causal"}
-    if other:
-        raise ValueError(f"has no {', '.join(sorted(other))}")
-    query, key, value = args if len(args) == 3 else args[0].permute(2, 0, 3, 1, 4)
-    return query, key, value, kwargs.get("attn_bias"), kwargs.get("is_causal", False)
-
-
-def _naive(compiled: bool = False) -> Callable:
-    def factory(args, kwargs):
-        call = torch.compile(naive) if compiled else naive
-        return lambda: call(*_plain(args, kwargs))
-
-    return factory
-
-
-def _sdpa(compiled: bool = False) -> Callable:
-    def factory(args, kwargs):
-        def attend(query, key, value, bias, causal):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=causal)
-
-        if set(kwargs) - {"attn_bias", "is_causal"}:  # what it needs a mask or more heads for
-            return lambda: flash_attention(*args, **kwargs, backend="vendor")
-        call = torch.compile(attend) if compiled else attend
-        return lambda: call(*_plain(args, kwargs))
-
-    return factory
-
-
 def _flops(query, key=None, *_, is_causal=False, **__) -> int:
     B, H, N, D = query.shape if key is not None else (query.shape[0], query.shape[3], query.shape[1], query.shape[4])
     return 4 * B * H * N * (N if key is None else key.shape[2]) * D // (2 if is_causal else 1)
@@ -247,7 +208,8 @@ register(
         errors=ERRORS,
         flops=_flops,
         bytes=_bytes,
-        baselines={"naive": _naive(), "sdpa": _sdpa(), "torch.compile": _naive(compiled=True), "torch.compile sdpa": _sdpa(compiled=True)},
+        baselines=PEERS,
         dtypes=DTYPES,
+        learned=("attn_bias",),
     )
 )

@@ -55,66 +55,73 @@ def _eager(memory_format, compiled: bool = False):
     return factory
 
 
-def frozen(module: nn.Module, x: Tensor) -> Callable:
+def frozen(module: nn.Module, *inputs: Tensor) -> Callable:
     """The module compiled with its parameters as constants. As an option of torch.compile freezing is ignored (2.14, 2.15), and code that
     was compiled without it would be found again."""
     torch._dynamo.reset()
     call = torch.compile(module)
     with torch.no_grad(), torch._inductor.config.patch(freezing=True):
-        call(x)
+        call(*inputs)
     return call
 
 
-def onnx_bytes(module: nn.Module, x: Tensor) -> bytes:
-    if x.dtype != torch.float32:
+def _names(inputs: tuple[Tensor, ...]) -> list[str]:
+    return [f"x{index}" for index in range(len(inputs))]
+
+
+def onnx_bytes(module: nn.Module, *inputs: Tensor) -> bytes:
+    if inputs[0].dtype != torch.float32:
         raise ValueError("float32 only")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the exporter that needs no further package
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(module, (x.detach().contiguous(),), path, input_names=["x"], output_names=["y"], dynamo=False)
+        values = tuple(t.detach().contiguous() for t in inputs)
+        torch.onnx.export(module, values, path, input_names=_names(inputs), output_names=["y"], dynamo=False)
         return path.read_bytes()
 
 
-def onnxruntime_of(module: nn.Module, x: Tensor) -> Peer:
+def onnxruntime_of(module: nn.Module, *inputs: Tensor) -> Peer:
     import numpy
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    session = onnxruntime.InferenceSession(onnx_bytes(module, x), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(onnx_bytes(module, *inputs), options, providers=["CPUExecutionProvider"])
     with torch.no_grad():
-        output = torch.empty(module(x).shape)
-    value, result = x.detach().contiguous(), output
+        result = torch.empty(module(*inputs).shape)
+    values = [t.detach().contiguous() for t in inputs]
     binding = session.io_binding()
-    for bind, name, t in ((binding.bind_input, "x", value), (binding.bind_output, "y", result)):
-        bind(name, "cpu", 0, numpy.float32, tuple(t.shape), t.data_ptr())
+    for name, t in zip(_names(inputs), values, strict=True):
+        binding.bind_input(name, "cpu", 0, numpy.float32, tuple(t.shape), t.data_ptr())
+    binding.bind_output("y", "cpu", 0, numpy.float32, tuple(result.shape), result.data_ptr())
 
     def call() -> Tensor:
         session.run_with_iobinding(binding)
         return result
 
-    call.keep = value  # type: ignore[attr-defined]
+    call.keep = values  # type: ignore[attr-defined]
     return call
 
 
-def openvino_of(module: nn.Module, x: Tensor) -> Peer:
+def openvino_of(module: nn.Module, *inputs: Tensor) -> Peer:
     import openvino
 
-    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}.get(x.dtype)
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}.get(inputs[0].dtype)
     if precision is None:
         raise ValueError("float32 and bfloat16 only")
-    module, x = copy.deepcopy(module).float(), x.float()  # OpenVINO's inputs are float32; it computes in its own bfloat16
+    module, inputs = copy.deepcopy(module).float(), tuple(t.float() for t in inputs)  # its inputs are float32; it computes in bfloat16
     hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     core = openvino.Core()
-    request = core.compile_model(core.read_model(onnx_bytes(module, x)), "CPU", hints).create_infer_request()
-    value = x.detach().contiguous().numpy()
-    request.set_input_tensor(openvino.Tensor(value, shared_memory=True))
+    request = core.compile_model(core.read_model(onnx_bytes(module, *inputs)), "CPU", hints).create_infer_request()
+    values = [t.detach().contiguous().numpy() for t in inputs]
+    for name, value in zip(_names(inputs), values, strict=True):
+        request.set_tensor(name, openvino.Tensor(value, shared_memory=True))
 
     def call() -> Tensor:
         request.infer()
         return torch.from_numpy(request.get_output_tensor().data)
 
-    call.keep = value  # type: ignore[attr-defined]  # the request only borrows it
+    call.keep = values  # type: ignore[attr-defined]  # the request only borrows them
     return call
 
 

@@ -6,6 +6,7 @@ import torch
 
 from pyops.ops.window_attention import window_attention
 from pyops.testing.registry import ErrorCase, OpSpec, Sample, register
+from pyops.testing.samples.attention_peers import WINDOW_PEERS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,15 +93,6 @@ ERRORS = (
 )  # fmt: skip
 
 
-def _torch(compiled: bool = False):
-    def factory(args, kwargs):
-        call = lambda *a: window_attention(*a, **kwargs, backend="eager")  # noqa: E731
-        call = torch.compile(call) if compiled else call
-        return lambda: call(*args)
-
-    return factory
-
-
 def _flops(qkv, num_heads, window_size, *_, **__) -> int:
     tokens = window_size**2 if isinstance(window_size, int) else window_size[0] * window_size[1]
     return 4 * qkv.numel() // 3 * tokens
@@ -116,7 +108,8 @@ register(
         errors=ERRORS,
         flops=_flops,
         bytes=lambda qkv, *_, **__: 4 * qkv.numel() // 3 * qkv.element_size(),
-        baselines={"eager": _torch(), "torch.compile": _torch(compiled=True)},
+        baselines=WINDOW_PEERS,
         dtypes=DTYPES,
+        learned=("relative_position_bias_table", "qkv_bias", "logit_scale"),
     )
 )
