@@ -102,10 +102,10 @@ class SwinAttention(nn.Module):
         if set(kwargs) & {"dropout_p", "logit_scale"}:
             raise ValueError("has no dropout and no cosine attention")
         qkv, self.heads, window, shift = args
-        names = ("relative_position_bias_table", "qkv_bias", "logit_scale", "scale")
-        call = prepare(qkv, self.heads, window, shift, *map(kwargs.get, names), 0.0, None)
+        self.table, self.qkv_bias = kwargs.get("relative_position_bias_table"), kwargs.get("qkv_bias")
+        call = prepare(qkv, self.heads, window, shift, self.table, self.qkv_bias, None, kwargs.get("scale"), 0.0, None)
         self.w = _window_attention_ops.Windows.of(qkv.shape[1:3], call.window, call.shift)
-        self.table, self.qkv_bias, self.kind = kwargs.get(names[0]), kwargs.get(names[1]), Sdpa(False) if sdpa else Naive(False)
+        self.kind = Sdpa(False) if sdpa else Naive(False)
         self.index = _window_attention_ops.relative_index(self.w.window, qkv.device)
         apart = _window_attention_ops.regions(self.w, qkv.device)
         mask = None if apart is None else (apart.to(qkv.dtype) * _window_attention_ops.MASKED)[:, None]
