@@ -143,13 +143,14 @@ def test_every_launch_is_a_compiled_configuration():
     compiled = set()
     for cell, dtype, H in configurations.configurations():
         torch_dtype = getattr(torch, configurations.TORCH[dtype])
-        compiled.add((cell, torch_dtype, launch_config(cell, torch_dtype, 1, H)[1]["BLOCK_H"], H % 16 == 0))
+        compiled.add((cell, dtype, launch_config(cell, torch_dtype, 1, H)[1]["BLOCK_H"], H % 16 == 0))
     for cell in GATES:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for dtype, torch_name in configurations.TORCH.items():
+            torch_dtype = getattr(torch, torch_name)
             for H in range(1, 2049):
-                if supports(cell, dtype, H) is None:
-                    _, config = launch_config(cell, dtype, 17, H)
-                    assert (cell, dtype, config["BLOCK_H"], H % 16 == 0) in compiled
+                if supports(cell, torch_dtype, H) is None:
+                    _, config = launch_config(cell, torch_dtype, 17, H)
+                    assert (*configurations.stand_in(cell, dtype), config["BLOCK_H"], H % 16 == 0) in compiled
 
 
 @pytest.mark.parametrize("cell", list(GATES))

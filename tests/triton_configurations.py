@@ -24,11 +24,18 @@ OTHERS = (triton_pool, triton_channel_norms, triton_mlp)
 ARCHITECTURES = {"sm_80": 80, "sm_90a": 90}
 DTYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}  # Triton's names
 TORCH = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+SAME_BUT_ACTIVATION = {"rnn_relu": "rnn_tanh", "rnn_sigmoid": "rnn_tanh"}
+
+
+def stand_in(cell: str, dtype: str) -> tuple[str, str]:
+    """Whose kernels are compiled for every size in place of these, which differ in an activation or in the 16-bit format alone."""
+    return SAME_BUT_ACTIVATION.get(cell, cell), "bf16" if dtype == "f16" else dtype
 
 
 def configurations() -> list[tuple[str, str, int]]:
     """(cell, dtype, hidden size). A launch is fixed by cell, dtype and padded hidden size, and whether rows are 16-byte aligned: of each
-    padded size the aligned one and the odd one below it. Lengths, states, bias and gradients are all given: less is less code."""
+    padded size the aligned one and the odd one below it, and of what has a `stand_in` the largest. Lengths, states, bias and gradients
+    are all given: less is less code."""
     import torch
     from pyops.triton_kernels.recurrent_limits import GATES, launch_config, supports
 
@@ -38,7 +45,8 @@ def configurations() -> list[tuple[str, str, int]]:
             for H in range(1, 1025):
                 if supports(cell, getattr(torch, TORCH[dtype]), H) is None:
                     _, config = launch_config(cell, getattr(torch, TORCH[dtype]), 1, H)
-                    found[cell, dtype, config["BLOCK_H"], H % 16 == 0] = (cell, dtype, H)  # the last is the largest
+                    launch = (config["BLOCK_H"], H % 16 == 0) if stand_in(cell, dtype) == (cell, dtype) else ()
+                    found[cell, dtype, *launch] = (cell, dtype, H)  # the last is the largest
     return list(found.values())
 
 
