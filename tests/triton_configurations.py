@@ -46,7 +46,7 @@ def configurations() -> list[tuple[str, str, int]]:
                 if supports(cell, getattr(torch, TORCH[dtype]), H) is None:
                     _, config = launch_config(cell, getattr(torch, TORCH[dtype]), 1, H)
                     launch = (config["BLOCK_H"], H % 16 == 0) if stand_in(cell, dtype) == (cell, dtype) else ()
-                    found[cell, dtype, *launch] = (cell, dtype, H)  # the last is the largest
+                    found[(cell, dtype, *launch)] = (cell, dtype, H)  # the last is the largest
     return list(found.values())
 
 
