@@ -130,7 +130,7 @@ class _Scores(NamedTuple):
 
 def _scores(qkv, qkv_bias, table, logit_scale, seed, w: Windows, heads: int, scale: float, dropout_p: float) -> _Scores:
     q, k, v = partition(pad(qkv, qkv_bias, w), w).unflatten(2, (3, heads, qkv.shape[3] // 3 // heads)).permute(2, 0, 3, 1, 4)
-    unit = (q, k) if logit_scale is None else (F.normalize(q, dim=-1, eps=1e-12), F.normalize(k, dim=-1, eps=1e-12))
+    unit = (q, k) if logit_scale is None else (F.normalize(q, dim=-1, eps=_least(q)), F.normalize(k, dim=-1, eps=_least(k)))
     cosines = unit[0] @ unit[1].transpose(-1, -2)
     s = cosines * (scale if logit_scale is None else logit_scale[:, None, None].to(q.dtype))
     if table is not None:
@@ -157,9 +157,15 @@ def forward(qkv, qkv_bias, table, logit_scale, seed, heads, window, shift, scale
 
 
 def _normalize_grad(grad: Tensor, t: Tensor, unit: Tensor) -> Tensor:
-    norm = t.norm(dim=-1, keepdim=True)
-    along = torch.where(norm > 1e-12, (grad * unit).sum(-1, keepdim=True), 0.0)
-    return (grad - unit * along) / norm.clamp_min(1e-12)
+    norm, least = t.norm(dim=-1, keepdim=True), _least(t)
+    along = torch.where(norm > least, (grad * unit).sum(-1, keepdim=True), 0.0)
+    return (grad - unit * along) / norm.clamp_min(least)
+
+
+def _least(t: Tensor) -> float:
+    """The least norm to divide by, which float16 would round to zero."""
+    numbers = torch.finfo(t.dtype)
+    return max(1e-12, numbers.tiny * numbers.eps)
 
 
 def backward(grad, qkv, qkv_bias, table, logit_scale, seed, heads, window, shift, scale, dropout_p):

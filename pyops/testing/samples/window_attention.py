@@ -49,6 +49,7 @@ SAMPLES = (
     _windows("one_row", 1, 3, 20, 2, 16, (4, 6), shift=(2, 3)),  # shifted along one side
     _windows("cosine", 2, 8, 12, 2, 16, 4, cosine=True),
     _windows("cosine_shift_pad", 1, 13, 11, 3, 32, 8, shift=4, cosine=True),
+    _windows("cosine_no_bias", 1, 9, 10, 2, 16, 4, shift=2, bias=False, cosine=True),  # tokens beyond the map of norm zero
     _windows("scale", 1, 8, 8, 1, 24, 4, scale=0.5),
     _windows("dropout", 2, 8, 8, 2, 16, 4, shift=2, drop=(0.25, 77)),
     _windows("one_token", 1, 3, 3, 2, 8, 1),
