@@ -1,5 +1,6 @@
 """Drop-in modules: torch's own constructors, parameter names and errors, pyops' kernels."""
 
+from pyops.nn.attention import Attention, DecoderCache, KeyValueCache, MultiheadAttention
 from pyops.nn.conv import ConvBNAct, DropPath, SqueezeExcitation, UpsampleConvBNAct
 from pyops.nn.convnext import ConvNeXtBlock
 from pyops.nn.densenet import DenseBlock, DenseLayer, DenseTransition
@@ -7,8 +8,11 @@ from pyops.nn.linear import LinearAct
 from pyops.nn.mbconv import FusedMBConv, MBConv
 from pyops.nn.norm import LayerNorm2d, LocalResponseNorm
 from pyops.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from pyops.nn.transformer import Transformer, TransformerDecoder, TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
-    "GRU", "LSTM", "RNN", "ConvBNAct", "ConvNeXtBlock", "DenseBlock", "DenseLayer", "DenseTransition", "DropPath", "FusedMBConv", "GRUCell",
-    "LSTMCell", "LayerNorm2d", "LinearAct", "LocalResponseNorm", "MBConv", "RNNCell", "SqueezeExcitation", "UpsampleConvBNAct",
+    "GRU", "LSTM", "RNN", "Attention", "ConvBNAct", "ConvNeXtBlock", "DecoderCache", "DenseBlock", "DenseLayer", "DenseTransition",
+    "DropPath", "FusedMBConv", "GRUCell", "KeyValueCache", "LSTMCell", "LayerNorm2d", "LinearAct", "LocalResponseNorm", "MBConv",
+    "MultiheadAttention", "RNNCell", "SqueezeExcitation", "Transformer", "TransformerDecoder", "TransformerDecoderLayer",
+    "TransformerEncoder", "TransformerEncoderLayer", "UpsampleConvBNAct",
 ]  # fmt: skip

@@ -74,10 +74,23 @@ class Derived:
         return Derived, ()
 
 
+class DerivedParts(dict[str, Derived]):
+    """A `Derived` for each of several parts of a module, by name."""
+
+    def __missing__(self, name: str) -> Derived:
+        return self.setdefault(name, Derived())
+
+    def __deepcopy__(self, memo) -> DerivedParts:
+        return DerivedParts()
+
+    def __reduce__(self):
+        return DerivedParts, ()
+
+
 class Keeps:
     """Of modules that keep a `Derived` as ``_kept``: drops it where a change of tensors may have gone unseen."""
 
-    _kept: Derived
+    _kept: Derived | DerivedParts
 
     def train(self, mode: bool = True):
         self._kept.clear()

@@ -29,20 +29,23 @@ class LinearAct(Keeps, nn.Linear):
         self._kept = Derived()
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        weight, bias = self.weight, self.bias
-        follows = torch.is_grad_enabled() or _conv_call.is_followed() or _conv_call.is_autocast(input.device.type)
-        if follows or "weight" not in self._parameters or input.dtype != weight.dtype or weight.dtype == torch.float64:
-            options: dict = dict(residual=residual, activation=self.activation, backend=self.backend)
-            return _linear.linear_act(input, weight, bias, **options)
-        kept = self._kept.get(self, dict)
-        key = (input.shape, None if residual is None else (residual.shape, residual.dtype))
-        last, name = kept.get("last", (None, ""))
-        if last != key or self.backend is not None or _backends.overridden():  # not the call of last time
-            _linear.check(input, weight, bias, residual)
-            name = _linear.choose(self.backend, input, live=False)
-            kept["last"] = key, name
-        number = _activations.NAMES.index(self.activation)
-        return _linear.run(name, input, weight, bias, residual, number, 0.01, kept)
+        return run_kept(self._kept, self, input, residual, self.activation, self.backend)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
+
+
+def run_kept(kept: Derived, layer: nn.Linear, input: Tensor, residual: Tensor | None, activation: str, backend: str | None) -> Tensor:
+    """`linear_act` with the layer's parameters; `kept` holds the weight in oneDNN's layout, where nobody follows the call."""
+    weight, bias = layer.weight, layer.bias
+    follows = torch.is_grad_enabled() or _conv_call.is_followed() or _conv_call.is_autocast(input.device.type)
+    if follows or "weight" not in layer._parameters or input.dtype != weight.dtype or weight.dtype == torch.float64:
+        return _linear.linear_act(input, weight, bias, residual=residual, activation=activation, backend=backend)
+    found = kept.get(layer, dict)
+    key = (input.shape, None if residual is None else (residual.shape, residual.dtype))
+    last, name = found.get("last", (None, ""))
+    if last != key or backend is not None or _backends.overridden():  # not the call of last time
+        _linear.check(input, weight, bias, residual)
+        name = _linear.choose(backend, input, live=False)
+        found["last"] = key, name
+    return _linear.run(name, input, weight, bias, residual, _activations.NAMES.index(activation), 0.01, found)
