@@ -8,11 +8,21 @@ from pyops.nn.linear import LinearAct
 from pyops.nn.mbconv import FusedMBConv, MBConv
 from pyops.nn.norm import LayerNorm2d, LocalResponseNorm
 from pyops.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from pyops.nn.swin import (
+    PatchMerging,
+    PatchMergingV2,
+    ShiftedWindowAttention,
+    ShiftedWindowAttentionV2,
+    SwinTransformerBlock,
+    SwinTransformerBlockV2,
+    WindowAttention,
+)
 from pyops.nn.transformer import Transformer, TransformerDecoder, TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
     "GRU", "LSTM", "RNN", "Attention", "ConvBNAct", "ConvNeXtBlock", "DecoderCache", "DenseBlock", "DenseLayer", "DenseTransition",
     "DropPath", "FusedMBConv", "GRUCell", "KeyValueCache", "LSTMCell", "LayerNorm2d", "LinearAct", "LocalResponseNorm", "MBConv",
-    "MultiheadAttention", "RNNCell", "SqueezeExcitation", "Transformer", "TransformerDecoder", "TransformerDecoderLayer",
-    "TransformerEncoder", "TransformerEncoderLayer", "UpsampleConvBNAct",
+    "MultiheadAttention", "PatchMerging", "PatchMergingV2", "RNNCell", "ShiftedWindowAttention", "ShiftedWindowAttentionV2",
+    "SqueezeExcitation", "SwinTransformerBlock", "SwinTransformerBlockV2", "Transformer", "TransformerDecoder",
+    "TransformerDecoderLayer", "TransformerEncoder", "TransformerEncoderLayer", "UpsampleConvBNAct", "WindowAttention",
 ]  # fmt: skip

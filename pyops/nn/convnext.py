@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyops import _backends
+from pyops.nn import _mlp
 from pyops.nn._derived import Derived, Keeps, has_hooks, is_plain
 from pyops.nn.conv import DropPath, can_fold
-from pyops.ops import _activations, _conv_call, _mlp_ops
+from pyops.ops import _conv_call
 from pyops.ops.depthwise_conv import depthwise_conv_bn_act, run_folded
-
-GELU = _activations.NAMES.index("gelu")
 
 
 class Permute(nn.Module):
@@ -67,17 +65,8 @@ class ConvNeXtBlock(Keeps, nn.Module):
         return self.stochastic_depth(self.layer_scale * self.block[1:](y)) + input
 
     def _has_kernel(self, input: Tensor) -> bool:
-        wished, dim = _backends.requested(self.backend), input.shape[1]
-        if torch.compiler.is_compiling() or wished not in ("auto", "cpu", "cuda", "triton"):
-            return False
-        backend = wished if wished in ("cuda", "triton") else "cpu"  # on a GPU, too, "auto" takes PyTorch's layers first
-        if _conv_call.unsupported(input.device.type, input.dtype, backend) is not None:
-            return False
-        if backend == "cpu":
-            return True
-        if input.dtype == torch.float16:  # no room for weights times a layer scale of 1e-6
-            return False
-        return _mlp_ops.cuda_takes(dim, dim, input.dtype) if backend == "cuda" else _mlp_ops.unsupported_by_triton(dim, dim) is None
+        name = _mlp.backend_for(self.backend, input, input.shape[1])
+        return name == "cpu" or (name is not None and input.dtype != torch.float16)  # no room for weights times a layer scale of 1e-6
 
     def _is_standard(self) -> bool:
         parts: list[Any] = list(self.block)
@@ -96,28 +85,11 @@ class ConvNeXtBlock(Keeps, nn.Module):
     def _infer(self, input: Tensor) -> Tensor:
         parts: list[Any] = list(self.block)
         conv, norm, dim = parts[0], parts[2], input.shape[1]
-        triton = _backends.requested(self.backend) == "triton"
-        weights = self._kept.get(self, lambda: self._fold(parts) if triton else self._pack(parts), (input.dtype, triton))
+        name = str(_mlp.backend_for(self.backend, input, dim))
+        weights = self._kept.get(self, lambda: _mlp.prepare(name, norm, parts[3], parts[5], self.layer_scale), (input.dtype, name))
         image = input.contiguous(memory_format=torch.channels_last)
         shape: dict[str, Any] = dict(stride=(1, 1), padding=(3, 3), dilation=(1, 1), activation="none", means=False, backend=self.backend)
         y, _ = run_folded(image, conv.weight, conv.bias, **shape)
         rows, residual = (t.permute(0, 2, 3, 1).reshape(-1, dim) for t in (y, image))
-        if triton:
-            output = torch.ops.pyops.mlp_run.triton(rows, *weights, residual, True, norm.eps, GELU, 0.0)
-        else:
-            output = torch.ops.pyops.mlp_infer.default(rows, weights, residual, 4 * dim, dim, True, norm.eps, GELU, 0.0)
+        output = _mlp.run(name, rows, weights, 4 * dim, norm.eps, residual)
         return _conv_call.in_layout_of(output.view(image.shape[0], *image.shape[2:], dim).permute(0, 3, 1, 2), input)
-
-    def _pack(self, parts: list[Any]) -> Tensor:
-        """Both layers for the CPU's fused MLP."""
-        return torch.ops.pyops.mlp_pack.default(*self._fold(parts))
-
-    def _fold(self, parts: list[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Both layers, with LayerNorm's affine in the first and the layer scale in the second."""
-        norm, widen, narrow = parts[2], parts[3], parts[5]
-        scale, kind = self.layer_scale.flatten().float(), widen.weight.dtype
-        kind = torch.float32 if kind == torch.float16 else kind  # a CPU multiplies no float16
-        first, second = widen.weight.float(), narrow.weight.float() * scale[:, None]
-        first_bias = widen.bias.float() if norm.bias is None else widen.bias.float() + first @ norm.bias.float()
-        first = first if norm.weight is None else first * norm.weight.float()
-        return first.to(kind), first_bias, second.to(kind), narrow.bias.float() * scale
