@@ -142,7 +142,7 @@ stage_bench() {
       --bench-peers "$peers" --benchmark-json "$OUT/bench/quick.json" --bench-rounds 3
   else run_benches "" "$peers" --bench-seconds 2; fi
 }
-stage_compile() { run_benches .compile torch.compile --bench-seconds 1; }
+stage_compile() { run_benches .compile "torch.compile,torch.compile sdpa" --bench-seconds 1; }
 
 stage_report() {
   local files=() file
