@@ -120,6 +120,9 @@ struct BackwardPass {
     float *x = me.scores + r * lds, *dp = me.products + r * lds;
     const RowScores<kPlain> score(p, h.q, h.s, h.head, i);
     const float lse = me.lse[i], delta = me.delta[i];
+    const Columns all = seen_by(p, h.q, i, i);
+    const bool lone = all.end - all.begin == 1;  // one key: dp is grad . output, though not to the last bit
+    const float lone_difference = lone && a.grad_lse ? a.grad_lse[(h.q.batch * p.H + h.head) * p.N + h.q.first_row + i] : 0.f;
     float* grad_bias = h.grad_bias ? h.grad_bias + i * h.bias_row : nullptr;
     const bool spread = p.bias.sizes[3] != 1;
     vf bias_sum{}, capped{};
@@ -135,7 +138,7 @@ struct BackwardPass {
         const vf keep = load(me.keep + c - run.begin);
         kept *= keep, g *= keep;
       }
-      const vf ds = weight * (g - delta);
+      const vf ds = weight * (lone ? splat<float>(lone_difference) : g - delta);
       vf dx = ds * p.scale;
       if constexpr (!kPlain) {
         if (grad_bias && spread) {
