@@ -33,7 +33,7 @@ struct WindowBackward : WindowPass<S> {
     float *grad_queries, *grad_keys, *grad_values, *sum;  // [64][wide], [N][wide] twice, [group][blocks][N][64]
   };
   const WindowPlan plan;
-  S* zeros;  // [D], the gradient of tokens beyond the map
+  S* zeros;      // [D], the gradient of tokens beyond the map
   double* sums;  // [chunks][heads][numbers()]
 
   explicit WindowBackward(const WindowAttention& params)
@@ -86,7 +86,9 @@ struct WindowBackward : WindowPass<S> {
           float* const sum = me.sum + (head - first) * blocks * this->block_floats();
           double* const own = totals + (head - first) * numbers();
           if (p.grad_table && start) __builtin_memset(sum, 0, blocks * this->block_floats() * sizeof(float));
-          pair(me, head, sum, own + entries());
+          const bool wrap = head + 1 == last;
+          if (!wrap || window + 1 < end) me.tokens.next.find(p, window + wrap);
+          pair(me, head, wrap ? window + 1 < end ? first : -1 : head + 1, sum, own + entries());
           if (p.grad_table && fold) fold_into(sum, own);
         }
       }
@@ -118,15 +120,17 @@ struct WindowBackward : WindowPass<S> {
     if (team.rank == 0 && p.grad_qkv_bias) __builtin_memset(p.grad_qkv_bias, 0, C * sizeof(float));
   }
 
-  // One window and head. sum: [blocks][N][64]; beyond: sums [2][D] of k's and v's gradient, then logit_scale's.
-  void pair(const Member& me, int64_t head, float* sum, double* beyond) const {
+  // One window and head; next: the head after it, whose rows are fetched meanwhile, -1: none. sum: [blocks][N][64]; beyond: sums [2][D] of
+  // k's and v's gradient, then logit_scale's.
+  void pair(const Member& me, int64_t head, int64_t next, float* sum, double* beyond) const {
     this->rows(me.tokens, 2, head, 0, N, me.rows);
     for (int64_t u = 0; u < N; ++u) pack_row<E>(me.rows[u], p.D, me.values + u * ld);
     this->rows(me.tokens, 1, head, 0, N, me.rows);
     for (int64_t u = 0; u < N; ++u) pack_row<E>(me.rows[u], p.D, me.keys + u * ld);
     pack_straight<E>(me.rows, N, p.D, me.key_rows);
     if (p.logit_scale) this->inverse_norms(me.rows, N, me.key_factors);
-    for (int64_t block = 0; block < blocks; ++block) attend(me, head, block, sum + block * this->block_floats(), beyond + 2 * p.D);
+    for (int64_t block = 0; block < blocks; ++block)
+      attend(me, head, block + 1 == blocks ? next : -1, block, sum + block * this->block_floats(), beyond + 2 * p.D);
     for (int64_t u = 0; u < N; ++u) {
       float *const key = me.grad_keys + u * wide, *const value = me.grad_values + u * wide;
       if (p.logit_scale) tangent(key, this->row(me.tokens, 1, head, u), me.key_factors[u]);
@@ -152,7 +156,7 @@ struct WindowBackward : WindowPass<S> {
     for (int64_t d = 0; d < p.D; d += kF) store(grad + d, load(grad + d) - load_upto(row + d, p.D - d) * share);
   }
 
-  void attend(const Member& me, int64_t head, int64_t block, float* sum, double* logits) const {
+  void attend(const Member& me, int64_t head, int64_t next, int64_t block, float* sum, double* logits) const {
     const int64_t first = block * kPanel, count = this->queries(block), columns = round_up(count, kUnit), sums = lanes_of<E>(count);
     this->rows(me.tokens, 0, head, first, count, me.rows);
     pack_transposed<E>(me.rows, count, p.D, me.queries), pack_straight<E>(me.rows, count, p.D, me.query_rows);
@@ -165,7 +169,12 @@ struct WindowBackward : WindowPass<S> {
     const float* const lse = p.lse + (me.tokens.window * p.heads + head) * N + first;
     for (int64_t t = 0; t < kPanel; ++t) me.lse[t] = t < count ? lse[t] : 0.f;
 
+    const auto fetch = [&](int64_t part) __attribute__((always_inline)) {
+      if (next >= 0) this->fetch(me.tokens.next, p.qkv, 3 * C, part * C + next * p.D);
+    };
+    fetch(2);
     multiply<E>(N, columns / kF, me.keys, ld, 1, me.queries, kPanel, lanes, me.products, kPanel, false);
+    fetch(1);
     multiply<E>(N, columns / kF, me.values, ld, 1, me.grads, kPanel, lanes, me.slopes, kPanel, false);
     const auto scores = this->scores(me.tokens, head, block, me.products, me.query_factors, me.key_factors, me.own);
     vf cosines{};
@@ -177,6 +186,8 @@ struct WindowBackward : WindowPass<S> {
     });
     if (p.grad_logit_scale) *logits += sum_lane(cosines);
 
+    fetch(0);
+    if (next >= 0) this->fetch(me.tokens.next, p.grad, C, next * p.D);
     const int64_t vectors = wide / kF;
     const bool more = block > 0;
     if constexpr (kPairs) {

@@ -47,7 +47,9 @@ struct WindowForward : WindowPass<S> {
         me.tokens.find(p, pair / p.heads);
         pack(me, head), packed = pair;
       }
-      attend(me, head, block);
+      const bool ahead = block + 1 == blocks && unit + 1 < end;
+      if (ahead) me.tokens.next.find(p, (pair + 1) / p.heads);
+      attend(me, head, block, ahead ? (pair + 1) % p.heads : -1);
     }
   }
 
@@ -59,16 +61,23 @@ struct WindowForward : WindowPass<S> {
     pack_straight<E>(me.rows, N, p.D, me.values);
   }
 
-  void attend(const Member& me, int64_t head, int64_t block) const {
+  // next: the head of the next unit, whose rows are fetched meanwhile; -1: none
+  void attend(const Member& me, int64_t head, int64_t block, int64_t next) const {
     const int64_t first = block * kPanel, count = this->queries(block), columns = round_up(count, kUnit);
     this->rows(me.tokens, 0, head, first, count, me.rows);
     pack_transposed<E>(me.rows, count, p.D, me.queries);
     this->query_factors(me.rows, count, head, me.query_norms, me.query_factors);
+    const auto fetch = [&](int64_t part) __attribute__((always_inline)) {
+      if (next >= 0) this->fetch(me.tokens.next, p.qkv, 3 * C, part * C + next * p.D);
+    };
+    fetch(1);
     multiply<E>(N, columns / kF, me.keys, ld, 1, me.queries, kPanel, lanes, me.scores, kPanel, false);
+    fetch(2);
     const auto scores = this->scores(me.tokens, head, block, me.scores, me.query_factors, me.key_factors, me.own);
     with_flags(p.logit_scale, me.tokens.apart, [&](auto cosine, auto masked) {
       for (int64_t v = 0; v < columns; v += kF) softmax<decltype(cosine)::value, decltype(masked)::value>(me, scores, head, first, v);
     });
+    fetch(0);
     const int64_t sums = lanes_of<E>(N);
     multiply<E>(count, wide / kF, kPairs ? me.pairs : me.scores, 1, kPanel, me.values, wide, sums, me.out, wide, false);
     __builtin_memcpy(p.lse + (me.tokens.window * p.heads + head) * N + first, me.lse, count * sizeof(float));
