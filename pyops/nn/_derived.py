@@ -88,9 +88,9 @@ class DerivedParts(dict[str, Derived]):
 
 
 class Keeps:
-    """Of modules that keep a `Derived` as ``_kept``: drops it where a change of tensors may have gone unseen."""
+    """Of modules that keep a `Derived`, or `DerivedParts`, as ``_kept``: drops it where a change of tensors may have gone unseen."""
 
-    _kept: Derived | DerivedParts
+    _kept: Any
 
     def train(self, mode: bool = True):
         self._kept.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -163,7 +164,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         first = self.batch_first or not is_batched
         heads = self._project(query, key, value, is_self, first, cache)
-        if decodes:
+        if cache is not None and decodes:
             q, k, v = _split(*heads)
             heads = (q, *cache.append(k, v))
         elif self.bias_k is not None or self.add_zero_attn:
@@ -255,12 +256,10 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _with_extra_keys(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """With the learned key and value of add_bias_kv, and add_zero_attn's zeros, behind the others."""
-        if self.bias_k is not None:
-            size = (k.shape[0], self.num_heads, 1, self.head_dim)
-            k, v = (
-                torch.cat([t, b.view(1, self.num_heads, 1, self.head_dim).expand(size).to(t.dtype)], 2)
-                for t, b in ((k, self.bias_k), (v, self.bias_v))
-            )
+        if self.bias_k is not None and self.bias_v is not None:
+            size = (self.num_heads, 1, self.head_dim)
+            extra = [b.view(size).expand(k.shape[0], *size).to(k.dtype) for b in (self.bias_k, self.bias_v)]
+            k, v = torch.cat([k, extra[0]], 2), torch.cat([v, extra[1]], 2)
         return (q, F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))) if self.add_zero_attn else (q, k, v)
 
     def _attend(self, heads, key_padding_mask, need_weights, attn_mask, is_causal, decodes) -> tuple[Tensor, Tensor | None]:
@@ -280,18 +279,21 @@ class MultiheadAttention(nn.MultiheadAttention):
             key_padding_mask = key_padding_mask if padded and lengths is None else None
         bias = _bias(attn_mask, key_padding_mask, self.num_heads, keys)
         if plain:
-            output, weights = _attend_plainly(*_split(*heads), bias, causal, lambda t: F.dropout(t, dropout_p))
-            return output.transpose(1, 2), weights if need_weights else None
+            y, weights = _attend_plainly(*_split(*heads), bias, causal, self.head_dim, lambda t: F.dropout(t, dropout_p))
+            return y.transpose(1, 2), weights if need_weights else None
         options: dict = dict(attn_bias=bias, is_causal=causal, key_lengths=lengths, dropout_p=dropout_p, backend=self.backend)
-        output = flash_attention(*heads, **options)
+        output: Any = flash_attention(*heads, **options)
         return output if packed else output.transpose(1, 2), None
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f"backend={self.backend!r}" if self.backend else "")
 
 
-def _split(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(query[:, :, i].transpose(1, 2) for i in range(3)) if key is None or value is None else (query, key, value)
+def _split(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    if key is not None and value is not None:
+        return query, key, value
+    query, key, value = query.transpose(1, 3).unbind(2)  # [B, H, 3, N, D]
+    return query, key, value
 
 
 def _is_readable(mask: Tensor) -> bool:
@@ -322,9 +324,9 @@ def _bias(attn_mask: Tensor | None, key_padding_mask: Tensor | None, num_heads: 
     return bias.masked_fill(hidden[0], -math.inf) if hidden else bias
 
 
-def _attend_plainly(q, k, v, bias, causal: bool, drop: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _attend_plainly(q, k, v, bias, causal: bool, size: int, drop: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """(output [B, H, N, D], weights [B, H, N, M]), as torch computes them where weights are asked for."""
-    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
+    scores = (q / math.sqrt(size)) @ k.transpose(-1, -2)
     if bias is not None:
         scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias.to(scores.dtype)
     if causal:
@@ -364,8 +366,9 @@ class Attention(nn.Module):
         """attn_mask: added to the scores, or bool, True where a query sees a key; it broadcasts to ``[B, num_heads, N, N]``."""
         packed = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         drop = self.attn_drop
-        if type(drop) is not nn.Dropout or has_hooks(drop) or drop.p == 1:  # it has to be called, and no kernel drops everything
-            y = _attend_plainly(*_split(packed, None, None), attn_mask, is_causal, drop)[0].transpose(1, 2)
+        y: Any
+        if _conv_call.is_recorded() or type(drop) is not nn.Dropout or has_hooks(drop) or drop.p == 1:  # no kernel drops everything
+            y = _attend_plainly(*_split(packed, None, None), attn_mask, is_causal, self.head_dim, drop)[0].transpose(1, 2)
         else:
             options: dict = dict(attn_bias=attn_mask, is_causal=is_causal, dropout_p=drop.p if drop.training else 0.0)
             y = flash_attention(packed, **options, backend=self.backend)

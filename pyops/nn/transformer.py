@@ -26,7 +26,7 @@ class _Layer(Keeps):
     activation: Any
     linear1: nn.Linear
     linear2: nn.Linear
-    dropout: nn.Module
+    dropout: nn.Dropout
 
     def _adopt(self, backend: str | None) -> None:
         """torch's attention becomes ours where it lies: the same parameters, and initial values drawn in torch's order."""
@@ -34,7 +34,7 @@ class _Layer(Keeps):
         for module in self.children():  # type: ignore[attr-defined]
             if type(module) is nn.MultiheadAttention:
                 module.__class__ = MultiheadAttention
-                module.backend = backend
+                module.backend = backend  # type: ignore[assignment]
 
     def _activation_name(self) -> str | None:
         """What `linear_act` calls the activation, None where it does not know it or someone watches it."""
@@ -102,12 +102,13 @@ class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
 
     def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> KeyValueCache:
         """An empty cache for up to max_length positions, on the parameters' device and of their dtype, or autocast's."""
-        return self.self_attn.new_cache(batch_size, max_length, dtype)
+        attention: Any = self.self_attn
+        return attention.new_cache(batch_size, max_length, dtype)
 
     def forward(
         self,
         tgt: Tensor,
-        memory: Tensor | None,
+        memory: Any,
         tgt_mask: Tensor | None = None,
         memory_mask: Tensor | None = None,
         tgt_key_padding_mask: Tensor | None = None,
@@ -183,7 +184,7 @@ class TransformerDecoder(nn.TransformerDecoder):
 
     def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> DecoderCache:
         """An empty cache for every layer, for up to max_length positions."""
-        return DecoderCache(layer.new_cache(batch_size, max_length, dtype) for layer in self.layers)  # type: ignore[operator]
+        return DecoderCache(layer.new_cache(batch_size, max_length, dtype) for layer in self.layers)
 
     def forward(
         self,
