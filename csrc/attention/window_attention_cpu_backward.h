@@ -207,11 +207,12 @@ struct WindowBackward : WindowPass<S> {
     }
   }
 
-  // A vector of queries: the weights, and the sums of weight times slope.
+  // A vector of queries: the weights, and the sums of weight times slope over those of weights: these are one but for the rounding of lse,
+  // which a row's sum of s would otherwise keep.
   template <bool Cosine, bool Masked>
   vf weigh(const Member& me, const typename Base::Scores& scores, int64_t head, int64_t first, int64_t v) const {
     const vf lse = load(me.lse + v);
-    vf delta{};
+    vf delta{}, total{};
     by_fours(N, [&](int64_t u, auto count) {
       constexpr int R = decltype(count)::value;
       vf keep[4];
@@ -220,6 +221,7 @@ struct WindowBackward : WindowPass<S> {
         const int64_t at = (u + r) * kPanel + v;
         vf weight = exp_weight(scores.template at<Cosine, Masked>(u + r, v) - lse), slope = load(me.slopes + at);
         store(me.weights + at, weight);
+        total += weight;
         if (p.threshold) {
           slope *= keep[r], store(me.slopes + at, slope);
           delta += weight * slope;
@@ -231,7 +233,7 @@ struct WindowBackward : WindowPass<S> {
         if (kPairs) put_lanes<E>(me.weight_rows + (u + r) * kRow, v, weight);
       }
     });
-    return delta;
+    return delta / (total > 0.f ? total : splat<float>(1.f));  // columns beyond the last query may have none
   }
 
   // The same vector: s in the table's sum, s times the products' factor as the two products read it; the sum of s times cosine.
