@@ -97,7 +97,7 @@ def _integers(op: str, name: str, t, size: int | None, like: Tensor) -> Tensor:
 
 def _readable(t: Tensor) -> bool:
     """Whether looking at values costs nothing and breaks nothing."""
-    return t.is_cpu and not _conv_call.is_followed()
+    return t.is_cpu and type(t) is Tensor and not _conv_call.is_followed()
 
 
 def _lengths(op: str, name: str, t, B: int, most: int, like: Tensor) -> Tensor:
