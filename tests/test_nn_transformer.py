@@ -232,7 +232,10 @@ def test_compile_and_autocast():
             found, expected = (module(*inputs, **options) for module in (own, theirs))
         assert found.dtype == expected.dtype
         torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
-    assert torch.compile(own.train(), fullgraph=True, backend="aot_eager")(*inputs, **options).requires_grad
+    layer = own.encoder.layers[0].train()
+    calls = (layer, torch.compile(layer, fullgraph=True, backend="aot_eager"))
+    first, second = (torch.autograd.grad(call(inputs[0]).square().sum(), list(layer.parameters())) for call in calls)
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -265,6 +268,23 @@ def test_decoding_equals_the_masked_forward(options, steps):
             found.append(module(x, t[1] if index == 0 else None, memory_key_padding_mask=MEMORY_PADDING, cache=cache))
         assert cache.length == L
         return [torch.cat(found, at)]
+
+    assert_parity(make, call, gradients=False)
+
+
+def test_decoding_of_wide_layers():
+    """Wide enough for the kernel of a few rows, where there is one."""
+    size, x, memory = 256, torch.randn(B, L, 256), torch.randn(B, S, 256)
+
+    def make(seed):
+        options = dict(ours=ours.TransformerDecoderLayer, theirs=nn.TransformerDecoderLayer, seed=seed)
+        return *twins(size, H, size, 0.0, batch_first=True, **options), [x, memory]
+
+    def call(module, t):
+        if not isinstance(module, ours.TransformerDecoderLayer):
+            return [module(*t, tgt_mask=CAUSAL.to(t[0].dtype))]
+        cache = module.new_cache(B, L)
+        return [torch.cat([module(step, t[1], cache=cache) for step in t[0].split(1, 1)], 1)]
 
     assert_parity(make, call, gradients=False)
 

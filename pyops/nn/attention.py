@@ -10,8 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pyops.nn._derived import has_hooks
+from pyops.nn.linear import run_few
 from pyops.ops import _attention_reference, _conv_call
 from pyops.ops.flash_attention import flash_attention
 
@@ -172,7 +174,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         options = (key_padding_mask, need_weights, attn_mask, is_causal, decodes)
         output, weights = self._attend(heads, *options)
         output = output.flatten(2)
-        output = self.out_proj(output if first else output.transpose(0, 1))
+        output = output if first else output.transpose(0, 1)
+        out = self.out_proj
+        is_plain = type(out) is NonDynamicallyQuantizableLinear and not has_hooks(out)
+        output = run_few(output, out.weight, out.bias) if is_plain else out(output)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if not is_batched:
@@ -233,7 +238,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         weight, bias, E = self.in_proj_weight, self.in_proj_bias, self.embed_dim
 
         def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            y = F.linear(x, weight, bias).unflatten(-1, (-1, self.num_heads, self.head_dim))
+            y = run_few(x, weight, bias).unflatten(-1, (-1, self.num_heads, self.head_dim))
             return y if first else y.transpose(0, 1)
 
         if is_self and self._qkv_same_embed_dim:

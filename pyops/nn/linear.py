@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pyops import _backends
 from pyops.nn._derived import Derived, Keeps
-from pyops.ops import _activations, _conv_call
+from pyops.ops import _activations, _conv_call, _linear_ops
 from pyops.ops import linear_act as _linear
 
 
@@ -75,3 +75,17 @@ class BlockLinear(LinearAct):
             y = F.linear(input, self.weight, bias)
             return y if residual is None else y + residual
         return super().run(input, bias, residual)
+
+
+# Elements of a weight: 4 rows took 0.31 ms with PyTorch's product and 0.24 with ours at 512 x 512, 0.08 and 0.11 at 64 x 64.
+FEW_FROM = 2**16
+
+
+def run_few(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`; 2 to 4 rows without gradients on a CPU, as in decoding, run on `linear_act`'s kernel, which reads the weight once."""
+    few = 1 < input.numel() // max(weight.shape[1], 1) <= _linear_ops.MOST_ROWS and weight.numel() >= FEW_FROM
+    if not few or not input.is_cpu or torch.is_grad_enabled() or _conv_call.is_followed():
+        return F.linear(input, weight, bias)
+    if _backends.requested(None) not in ("auto", "cpu"):  # linear_act has no other kernel
+        return F.linear(input, weight, bias)
+    return _linear.linear_act(input, weight, bias)
