@@ -29,7 +29,7 @@ struct ForwardPass {
   const Attention& p;
   const Place* cuts;
   const int threads;
-  const int64_t lanes, width, ldq, block, lds;
+  const int64_t lanes, width, block, lds;
   const bool single;  // one block of keys serves every row
   const int64_t chunk;
   Dropout dropout{};
@@ -38,7 +38,7 @@ struct ForwardPass {
 
   struct Member {
     float *keys, *values;         // packed
-    float *q, *scores;            // [6][ldq], [6][lds]
+    float *q, *scores;            // [6][width], [6][lds]
     float* weights;               // [6][lds], of E: the scores themselves where that is float
     float* keep;                  // [lds + 64]: dropout's
     float *out, *sums, *maximum;  // [rows of a chunk][width], [..][kF], [..]
@@ -52,7 +52,6 @@ struct ForwardPass {
         threads(team),
         lanes(lanes_of<E>(p.D)),
         width(padded(p.D)),
-        ldq(width),
         block(block_keys(p.M, width, kMostKeys, kBlockFloats)),
         lds(block + kUnit),
         single(p.M <= block),
@@ -64,13 +63,13 @@ struct ForwardPass {
     Member me{};
     me.keys = to.take<float>(panel_floats(block, lanes));
     me.values = to.take<float>(lanes_of<E>(block) * width);
-    me.q = to.take<float>(kGroup * ldq);
+    me.q = to.take<float>(kGroup * width);
     me.scores = to.take<float>(kGroup * lds);
     me.weights = sizeof(E) == 2 ? to.take<float>(kGroup * lds / 2) : me.scores;
     me.keep = to.take<float>(lds + 4 * kF);
     me.out = to.take<float>(chunk * kGroup * width);
     me.sums = to.take<float>(chunk * kGroup * kF);
-    me.maximum = to.take<float>(chunk * kGroup);
+    me.maximum = to.take<float>(chunk * kGroup + kF);
     me.rows = to.take<const S*>(block);
     me.sequence = -1;
     return me;
@@ -91,19 +90,37 @@ struct ForwardPass {
     pack_straight<E>(me.rows, count, p.D, me.values);
   }
 
-  // Products -> weights of columns begin..end of the block at `first`; the row's outputs so far are scaled to its new maximum.
-  void softmax(const Member& me, const Sequence& q, int64_t s, int64_t head, int64_t row, int64_t r, int64_t slot, int64_t first,
-               Columns run, Columns seen) const {
-    float *x = me.scores + r * lds, *weights = me.weights + r * lds / kPair<E>;
+  // The maximum of a row's scores in columns begin..end of the block at `first`, which take the products' place (plain ones: unscaled).
+  float find_maximum(const Member& me, const Sequence& q, int64_t s, int64_t head, int64_t row, int64_t r, int64_t first, Columns run,
+                     Columns seen) const {
+    float* x = me.scores + r * lds;
     const RowScores<kPlain> score(p, q, s, head, row);
     vf most = splat<float>(-kInfinity), unused;
-    for (int64_t c = run.begin; c < run.end; c += kF) {
-      vf v = splat<float>(-kInfinity);
-      if (c < seen.end && c + kF > seen.begin) v = only(score(load(x + c), first + c, unused), c, seen.begin, seen.end);
-      store(x + c, v);
-      most = larger(v, most);
+    int64_t c = run.begin;
+    const auto masked = [&](int64_t end) {
+      for (; c < end; c += kF) {
+        vf v = splat<float>(-kInfinity);
+        if (c < seen.end && c + kF > seen.begin) {
+          v = load(x + c);
+          if constexpr (!kPlain) v = score(v, first + c, unused);
+          v = only(v, c, seen.begin, seen.end);
+        }
+        store(x + c, v), most = larger(v, most);
+      }
+    };
+    if constexpr (kPlain) {
+      masked(round_up(seen.begin, kF) < run.end ? round_up(seen.begin, kF) : run.end);
+      for (; c + kF <= seen.end; c += kF) most = larger(load(x + c), most);
     }
-    const float before = me.maximum[slot], now = max_lane(most), maximum = before > now ? before : now;
+    masked(run.end);
+    return max_lane(most) * (kPlain ? p.scale : 1.f);
+  }
+
+  // Scores -> weights; the row's outputs so far are scaled to its new maximum.
+  void softmax(const Member& me, int64_t s, int64_t head, int64_t row, int64_t r, int64_t slot, int64_t first, Columns run,
+               float now) const {
+    const float *x = me.scores + r * lds, before = me.maximum[slot], maximum = before > now ? before : now;
+    float* weights = me.weights + r * lds / kPair<E>;
     const float base = maximum == -kInfinity ? 0.f : maximum;
     vf sum{};
     if (!single) {
@@ -117,7 +134,7 @@ struct ForwardPass {
     }
     if (p.seed) dropout.row(s, head, row, first + run.begin, first + run.end, me.keep);
     for (int64_t c = run.begin; c < run.end; c += kF) {
-      vf w = exp_weight(load(x + c) - base);
+      vf w = exp_weight(kPlain ? load(x + c) * p.scale - base : load(x + c) - base);
       sum += w;
       if (p.seed) w *= load(me.keep + c - run.begin);
       put_lanes<E>(weights, c, w);
@@ -133,25 +150,42 @@ struct ForwardPass {
     if (seen.begin >= seen.end) return;
     const Columns run{seen.begin / kUnit * kUnit, round_up(seen.end, kUnit)};
     const int64_t rows = i1 - i0;
-    for (int64_t r = 0; r < rows; ++r) pack_row<E>(at<S>(p.query, q.batch, head, q.first_row + i0 + r), p.D, me.q + r * ldq);
-    multiply_panels<E>(rows, me.q, ldq, me.keys, lanes, run.begin, run.end, me.scores, lds);
+    if constexpr (std::is_same_v<S, float>) {
+      multiply_panels<E>(rows, at<S>(p.query, q.batch, head, q.first_row + i0), p.query.row, me.keys, lanes, run.begin, run.end, me.scores,
+                         lds);
+    } else {
+      for (int64_t r = 0; r < rows; ++r) pack_row<E>(at<S>(p.query, q.batch, head, q.first_row + i0 + r), p.D, me.q + r * width);
+      multiply_panels<E>(rows, me.q, width, me.keys, lanes, run.begin, run.end, me.scores, lds);
+    }
+    float most[kGroup];
     for (int64_t r = 0; r < rows; ++r) {
       const Columns own = within(seen_by(p, q, i0 + r, i0 + r), first, first + count);
-      softmax(me, q, s, head, i0 + r, r, slot + r, first, run, own);
+      most[r] = find_maximum(me, q, s, head, i0 + r, r, first, run, own);
     }
+    for (int64_t r = 0; r < rows; ++r) softmax(me, s, head, i0 + r, r, slot + r, first, run, most[r]);
     const int64_t from = run.begin / kPair<E>, to = lanes_of<E>(seen.end);
     multiply<E>(rows, width / kF, me.weights + from, lds / kPair<E>, 1, me.values + from * width, width, to - from, me.out + slot * width,
                 width, !single);
   }
 
-  void finish(const Member& me, const Sequence& q, int64_t head, int64_t row, int64_t slot) const {
-    const float total = sum_lane(load(me.sums + slot * kF));
-    const bool blind = total == 0.f;
-    const float factor = blind ? 0.f : (p.seed ? p.dropout_factor : 1.f) / total;
-    S* to = at_mutable<S>(p.output, q.batch, head, q.first_row + row);
-    const float* out = me.out + slot * width;
-    for (int64_t d = 0; d < p.D; d += kF) store_upto(to + d, blind ? vf{} : load(out + d) * factor, p.D - d);
-    p.lse[(q.batch * p.H + head) * p.N + q.first_row + row] = blind ? -kInfinity : me.maximum[slot] + __builtin_logf(total);
+  // Outputs and lse of rows begin..end, whose state is at slot 0 and on.
+  void finish(const Member& me, const Sequence& q, int64_t head, int64_t begin, int64_t end) const {
+    float* lse = p.lse + (q.batch * p.H + head) * p.N + q.first_row;
+    for (int64_t i = begin; i < end; i += kF) {
+      const int64_t rows = end - i < kF ? end - i : kF;
+      float total[kF] = {};
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t slot = i - begin + r;
+        total[r] = sum_lane(load(me.sums + slot * kF));
+        const bool blind = total[r] == 0.f;
+        const float factor = (p.seed ? p.dropout_factor : 1.f) / total[r];
+        S* to = at_mutable<S>(p.output, q.batch, head, q.first_row + i + r);
+        const float* out = me.out + slot * width;
+        for (int64_t d = 0; d < p.D; d += kF) store_upto(to + d, blind ? vf{} : load(out + d) * factor, p.D - d);
+      }
+      const vf sums = load(total), whole = load(me.maximum + i - begin) + log(sums);
+      store_upto(lse + i, sums == 0.f ? splat<float>(-kInfinity) : whole, rows);
+    }
   }
 
   // Groups g0..g1 of one head.
@@ -170,7 +204,7 @@ struct ForwardPass {
           group(me, q, s, head, i0, i1, i0 - begin, first, count);
         }
       }
-      for (int64_t i = begin; i < end; ++i) finish(me, q, head, i, i - begin);
+      finish(me, q, head, begin, end);
     }
   }
 

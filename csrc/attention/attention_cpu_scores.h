@@ -24,7 +24,7 @@ inline T* at_mutable(const Heads& t, int64_t batch, int64_t head, int64_t row) {
   return static_cast<T*>(t.data) + batch * t.batch + head * t.head + row * t.row;
 }
 
-// One row of one head. kPlain: the scale alone.
+// One row of one head. kPlain: the scale alone, and that positive.
 template <bool kPlain>
 struct RowScores {
   float scale, softcap, inverse_cap, slope;
@@ -90,7 +90,7 @@ inline Columns within(Columns c, int64_t first, int64_t end) {
   return {c.begin > first ? c.begin - first : 0, (c.end < end ? c.end : end) - first};
 }
 
-inline bool is_plain(const Attention& p) { return p.softcap == 0 && p.slopes == nullptr && p.bias.dtype == BiasType::none; }
+inline bool is_plain(const Attention& p) { return p.scale > 0 && p.softcap == 0 && p.slopes == nullptr && p.bias.dtype == BiasType::none; }
 
 }  // namespace
 }  // namespace pyops::attention::PYOPS_ISA

@@ -184,7 +184,34 @@ inline vf exp_weight(vf x) {
 #endif
 }
 
-inline vf larger(vf a, vf b) { return a > b ? a : b; }
+// Of positive, normal numbers: Cephes' polynomial around one, and the exponent. NaN stays NaN.
+inline vf log(vf x) {
+  const vi u = bits<vi>(x), e = (u - 0x3f3504f3) >> 23;
+  const vf f = bits<vf>(u - (e << 23)) - 1.f, n = __builtin_convertvector(e, vf);
+  vf p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const vf square = f * f, tail = square * (f * p - 0.5f) + n * -2.12194440e-4f;
+  return x == x ? n * 0.693359375f + (f + tail) : x;
+}
+
+// The second where either is NaN.
+inline vf larger(vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#elif defined(__x86_64__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 template <class F, int... I>
 inline float fold_lanes(vf v, F f, std::integer_sequence<int, I...>) {
