@@ -252,15 +252,17 @@ def kernels(
 
 @app.command()
 def demo(
-    task: Annotated[str, typer.Option(help="sequence: a recurrent layer; images: a network of EfficientNet's blocks.")] = "sequence",
+    task: Annotated[
+        str, typer.Option(help="sequence: a recurrent layer; images: a network of EfficientNet's blocks; vit: a ViT, then a Swin.")
+    ] = "sequence",
     cell: Annotated[str | None, typer.Option(help="Of sequence: lstm (default), gru or rnn.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 20 of sequence, 10 of images.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 20 of sequence, 10 of images, 15 of vit.")] = None,
     backend: Annotated[str | None, typer.Option(help="Ask for one by name; default: pyops chooses.")] = None,
     threads: Annotated[
         int | None,
         typer.Option(
-            min=1, help="CPU threads for both models. Default: torch's for images, 1 for sequence, which gains nothing from more."
+            min=1, help="CPU threads for both models. Default: torch's for images and vit, 1 for sequence, which gains nothing from more."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the weights and the batches.")] = 0,
@@ -287,17 +289,19 @@ def demo(
     if threads is not None or task == "sequence":
         torch.set_num_threads(threads or 1)
     epochs = epochs or found.EPOCHS[task]
-    run = partial(found.run, cell) if task == "sequence" else found.images.run
+    run: Any = partial(found.run, cell) if task == "sequence" else {"images": found.images.run, "vit": found.vit.run}[task]
     columns = (TextColumn("training both models"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn())
     try:
         with Progress(*columns, console=console, transient=True) as progress:
-            bar = progress.add_task("", total=2 * epochs)
+            bar = progress.add_task("", total=2 * epochs * (2 if task == "vit" else 1))
             result = run(device, epochs, backend, seed, lambda: progress.advance(bar))
     except ValueError as error:
         fail(str(error))
-    found.show(result, console)
-    console.print(f"page: {found.write(result, out_path)}", markup=False, soft_wrap=True)
-    if result.failures:
+    results = result if isinstance(result, list) else [result]
+    for each in results:
+        found.show(each, console)
+    console.print(f"page: {found.write(results, out_path)}", markup=False, soft_wrap=True)
+    if any(each.failures for each in results):
         raise typer.Exit(1)
 
 

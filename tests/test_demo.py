@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import pyops
 from pyops import demo
 from pyops.cli import app
-from pyops.demo import images, measure, training
+from pyops.demo import images, measure, training, vit
 from pyops.ops import _rnn
 
 pytest.importorskip("sklearn")
@@ -111,9 +111,10 @@ def test_mistakes_are_told(tmp_path, monkeypatch):
         (("--device", "tpu"), "--device: expected one of cpu, cuda"),
         (("--backend", "cuda"), "backend 'cuda' cannot run this call"),
         (("--backend", "gpu"), "expected one of auto, cpu, cuda"),
-        (("--task", "video"), "--task: expected one of sequence, images, got 'video'"),
+        (("--task", "video"), "--task: expected one of sequence, images, vit, got 'video'"),
         (("--task", "images", "--cell", "lstm"), "--cell: belongs to --task sequence; images has no recurrent layer"),
         (("--task", "images", "--backend", "cuda"), "backend 'cuda' cannot run this call"),
+        (("--task", "vit", "--backend", "cuda"), "backend 'cuda' cannot run this call"),
     ):
         result = invoke("--out", tmp_path / "index.html", *arguments)
         assert result.exit_code == 2 and message in result.output, result.output
@@ -130,8 +131,9 @@ def test_run_says_what_is_wrong():
         demo.run("transformer")
     with pytest.raises(ValueError, match="epochs: expected 1 or more"):
         demo.run("rnn", epochs=0)
-    with pytest.raises(ValueError, match="epochs: expected 1 or more"):
-        images.run(epochs=0)
+    for task in (images, vit):
+        with pytest.raises(ValueError, match="epochs: expected 1 or more"):
+            task.run(epochs=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the task images
@@ -159,6 +161,7 @@ def few_images(monkeypatch):
         return training.Digits(*(part[: len(part) // 8] for part in whole(seed, device)))
 
     monkeypatch.setattr(images, "load_digits", few)
+    monkeypatch.setattr(vit, "load_digits", few)
 
 
 def test_images_twin_has_the_same_names_and_draws():
@@ -194,6 +197,44 @@ def test_images_with_a_broken_block_fail(few_images, monkeypatch, training_only)
     failures = images.run(epochs=1).failures
     assert any(failure.startswith("scores in training of pyops' network") for failure in failures)
     assert any(failure.startswith("scores in inference") for failure in failures) is not training_only
+
+
+# ------------------------------------------------------------------------------------------------------------------- the task vit
+
+
+def test_vit(few_images, monkeypatch, tmp_path):
+    monkeypatch.setattr(training, "REQUIRED_ACCURACY", 0.0)  # of the full training on all images, which takes a while
+    page = tmp_path / "index.html"
+    result = invoke("--task", "vit", "--out", page, "--epochs", 2)
+    assert result.exit_code == 0, result.output
+    for text in ("torch.nn, ViT", "pyops.nn, ViT", "torch.nn, Swin", "pyops.nn, Swin", "gradients of the position biases", "The two agree"):
+        assert text in result.output
+    assert result.output.count("peak memory (") == result.output.count("gradients of the attention layers") == 2
+    assert "running statistics" not in result.output
+    html = page.read_text()
+    HTMLParser().feed(html)
+    assert html.count("<svg") == 8 and "A small ViT reads" in html and "A small Swin reads" in html
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_vit_twins_have_the_same_names(name):
+    torch.manual_seed(0)
+    ours, theirs = getattr(vit, name)("eager"), getattr(vit, f"{name}_twin")()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    images = torch.rand(16, 8, 8)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
+    assert {vit.kind(ours, parameter) for parameter in ours.state_dict()} >= {"attention layers", "layer norms", "MLPs"}
+
+
+@pytest.mark.parametrize("part, name", [(pyops.nn.Attention, "ViT"), (pyops.nn.WindowAttention, "Swin")], ids=["vit", "swin"])
+def test_vit_with_broken_attention_fails(few_images, monkeypatch, part, name):
+    right = part.forward
+    monkeypatch.setattr(part, "forward", lambda self, input: right(self, input) * (1 + 1e-3))
+    for result in vit.run(epochs=1):
+        failures = [failure for failure in result.failures if f"of pyops' {result.part}" in failure]
+        assert bool(failures) is (result.part == name)
+        assert any("is below 95%" in failure for failure in result.failures)
 
 
 def test_peak_memory():

@@ -92,15 +92,20 @@ def print_table(table: Table, console: Console) -> None:
     console.print(rich)
 
 
-def write(result: Result, path: str | Path) -> Path:
-    """Writes the page, and the folders above it."""
+def write(results: list[Result], path: str | Path) -> Path:
+    """Writes the page of a task's results, and the folders above it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html(result), encoding="utf-8")
+    path.write_text(html(results), encoding="utf-8")
     return path
 
 
-def html(result: Result) -> str:
+def html(results: list[Result]) -> str:
+    lead = " ".join(result.lead for result in results)
+    return page.page("pyops demo", lead, [part for result in results for part in body_of(result)])
+
+
+def body_of(result: Result) -> list[str]:
     both = ((result.pyops, 0), (result.torch, 1))
     legend = [(training.name, color) for training, color in both]
     # rings around the line's points show where the curves coincide
@@ -136,12 +141,12 @@ def html(result: Result) -> str:
         ),
         *(page.paragraph(text, tone) for text, tone in verdict),
         page.grid(figures),
-        page.heading("Test images and what pyops' model reads"),
+        page.heading(f"Test images and what {result.pyops.name} reads"),
         digits(result),
     ]
     for table in (comparison(result), losses(result), differences(result), gate(result)):
         body += [page.heading(table.title), page.table(table)]
-    return page.page("pyops demo", result.lead, body)
+    return body
 
 
 def digits(result: Result, count: int = 16) -> str:
