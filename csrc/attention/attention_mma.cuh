@@ -5,6 +5,7 @@
 // x[3]. A kernel that has keys for rows and queries for columns says so: kTransposed.
 #pragma once
 #include "../common/convert.cuh"
+#include "attention.h"
 
 namespace pyops::attention {
 
@@ -89,8 +90,6 @@ PYOPS_DEVICE void left_operand(const float (&low)[4], const float (&high)[4], ui
 
 // ---------------------------------------------------------------------------------------------------------------- the scores
 
-enum class BiasType : int32_t { none, f32, bf16, f16, f64, mask };
-
 struct ScoreOptions {
   float scale, softcap;         // 0: no cap
   int left, right;              // -1: all; at most kFar
@@ -103,7 +102,7 @@ struct ScoreOptions {
 };
 constexpr int kFar = 1 << 24;
 
-// A head of a sequence with n rows and m columns.
+// A head of a sequence with n rows and m columns, none beyond the bias'.
 struct HeadScores {
   int64_t bias_at;  // of its (0, 0), elements
   float slope;
@@ -134,17 +133,15 @@ PYOPS_DEVICE void scale_and_cap(const ScoreOptions& o, float (&x)[4]) {
 PYOPS_DEVICE float bias_value(float value) { return value; }
 PYOPS_DEVICE float bias_value(bf16 value) { return to_float(value); }
 PYOPS_DEVICE float bias_value(f16 value) { return to_float(value); }
-PYOPS_DEVICE float bias_value(double value) { return static_cast<float>(value); }
 PYOPS_DEVICE float bias_value(uint8_t seen) { return seen ? 0.f : kMinusInfinity; }
 
 template <class U, bool kTransposed>
 PYOPS_DEVICE void add_bias(const ScoreOptions& o, const HeadScores& of, const int (&i)[2], const int (&j)[2], float (&x)[4]) {
   const U* const bias = static_cast<const U*>(o.bias) + of.bias_at;
-  const int rows = of.n < o.bias_rows ? of.n : o.bias_rows, columns = of.m < o.bias_columns ? of.m : o.bias_columns;
   PYOPS_UNROLL
   for (int e = 0; e < 4; ++e) {
     const int row = i[kTransposed ? e % 2 : e / 2], column = j[kTransposed ? e / 2 : e % 2];
-    if (row < rows && column < columns) x[e] += bias_value(bias[row * o.bias_stride[2] + column * o.bias_stride[3]]);
+    if (row < of.n && column < of.m) x[e] += bias_value(bias[row * o.bias_stride[2] + column * o.bias_stride[3]]);
   }
 }
 
@@ -163,8 +160,7 @@ PYOPS_DEVICE void add_biases(const ScoreOptions& o, const HeadScores& of, const 
     case BiasType::f32: add_bias<float, kTransposed>(o, of, i, j, x); break;
     case BiasType::bf16: add_bias<bf16, kTransposed>(o, of, i, j, x); break;
     case BiasType::f16: add_bias<f16, kTransposed>(o, of, i, j, x); break;
-    case BiasType::f64: add_bias<double, kTransposed>(o, of, i, j, x); break;
-    case BiasType::mask: add_bias<uint8_t, kTransposed>(o, of, i, j, x); break;
+    case BiasType::boolean: add_bias<uint8_t, kTransposed>(o, of, i, j, x); break;
   }
 }
 

@@ -6,28 +6,38 @@
 //
 // A kernel is a template over which of the two it reads: both have at(problem), query, key, value, output, lse, visible and score.
 #pragma once
+#include <algorithm>
+#include <initializer_list>
+
 #include "attention_mma.cuh"
+#include "window_attention.h"
 
 namespace pyops::attention {
 
-// A tensor [batch, head, row, element], strides in elements.
+// Heads of which `width` elements (8, 2 or 1) may be read or written at once, at any multiple of as many in a row.
 struct Layout {
-  void* data;  // a kernel writes only to what it is to write
-  int64_t batch, head, row, element;
-  int width;  // elements that may be read or written at once at any multiple of as many: 8, 2 or 1
+  Heads heads;
+  int width;
 };
+
+inline Layout layout_of(const Heads& heads, int64_t D) {
+  for (const int width : {8, 2})
+    if (reinterpret_cast<uintptr_t>(heads.data) % (2 * width) == 0 && (heads.batch | heads.head | heads.row | D) % width == 0)
+      return {heads, width};
+  return {heads, 1};
+}
 
 struct Token {
   int pixel;  // row * W + column of the map, -1 beyond it
   int code;   // place in the table's order, and the region in the upper 16 bits
 };
 
-// Rows of a problem: an element is at data[row * step + column * element]. With tokens, a window's, in the order of its pixels.
+// Rows of a problem: row i begins at data + i * step, or with tokens, a window's, at data + pixel * step.
 template <class T>
 struct Rows {
   T* data;
-  int64_t step, element;
-  int width;
+  int64_t step;
+  int width;  // Layout's
   const Token* tokens;
   const float* beyond;  // what stands in the rows beyond the map; null: zeros
 
@@ -62,7 +72,7 @@ PYOPS_DEVICE uint4 load_piece(const Rows<T>& rows, int row, int chunk, int D) {
   if (rows.width == 8) return *reinterpret_cast<const uint4*>(from + column);
   PYOPS_UNROLL
   for (int v = 0; v < 8; ++v)
-    if (column + v < D) piece.element[v] = from[(column + v) * rows.element];
+    if (column + v < D) piece.element[v] = from[column + v];
   return piece.raw;
 }
 
@@ -85,7 +95,7 @@ PYOPS_DEVICE void store_piece(const Rows<T>& rows, int row, int chunk, int D, co
   }
   PYOPS_UNROLL
   for (int v = 0; v < 8; ++v)
-    if (column + v < D) to[(column + v) * rows.element] = piece.element[v];
+    if (column + v < D) to[column + v] = piece.element[v];
 }
 
 // Rows [0, count) of D elements into a tile, zeros behind them up to `padded` rows. Wait for asynchronous copies, then for all threads.
@@ -168,13 +178,15 @@ struct Sequences {
       found.row = clamped(span[0], N), found.n = clamped(span[1], N - found.row);
       found.column = clamped(span[2], M), found.m = clamped(span[3], M - found.column);
     }
+    found.n = found.n < options.bias_rows ? found.n : options.bias_rows;
+    found.m = found.m < options.bias_columns ? found.m : options.bias_columns;
     found.scores = head_scores(options, found.sequence, found.head, found.n, found.m);
     return found;
   }
   template <class T>
   PYOPS_DEVICE Rows<T> rows(const Layout& of, int batch, int head, int row) const {
-    T* const data = static_cast<T*>(of.data) + batch * of.batch + head * of.head + row * of.row;
-    return {data, of.row, of.element, of.width, nullptr, nullptr};
+    const Heads& h = of.heads;
+    return {static_cast<T*>(h.data) + batch * h.batch + head * h.head + row * h.row, h.row, of.width, nullptr, nullptr};
   }
   template <class T>
   PYOPS_DEVICE Rows<T> query(const SequenceAt& a) const {
@@ -205,6 +217,27 @@ struct Sequences {
     add_biases<kTransposed>(options, a.scores, i, j, x);
   }
 };
+
+// For sizes that fit 32 bits.
+inline Sequences sequences_of(const Attention& p) {
+  Sequences s{};
+  s.q = layout_of(p.query, p.D), s.k = layout_of(p.key, p.D), s.v = layout_of(p.value, p.D), s.y = layout_of(p.output, p.D);
+  s.sums = p.lse, s.spans = p.spans;
+  s.B = static_cast<int>(p.B), s.S = static_cast<int>(p.S), s.H = static_cast<int>(p.H), s.group = static_cast<int>(p.H / p.G);
+  s.N = static_cast<int>(p.N), s.M = static_cast<int>(p.M), s.D = static_cast<int>(p.D);
+  ScoreOptions& o = s.options;
+  o.scale = p.scale, o.softcap = p.softcap;
+  o.left = static_cast<int>(std::min<int64_t>(p.left, kFar)), o.right = static_cast<int>(std::min<int64_t>(p.right, kFar));
+  o.bias = p.bias.data, o.bias_type = p.bias.dtype;
+  std::copy(p.bias.strides, p.bias.strides + 4, o.bias_stride);
+  const auto extent = [&](int d) {
+    const int64_t size = p.bias.sizes[d];
+    return o.bias_type == BiasType::none || size == 1 ? INT32_MAX : static_cast<int>(std::min<int64_t>(size, INT32_MAX));
+  };
+  o.bias_rows = extent(2), o.bias_columns = extent(3);
+  o.slopes = p.slopes, o.slopes_stride = p.slopes_sequence;
+  return s;
+}
 
 // ----------------------------------------------------------------------------------------------------------------- windows
 
@@ -274,7 +307,7 @@ struct Windows {
   PYOPS_DEVICE Rows<T> rows(const void* data, const WindowAt& a, int part, int parts, const float* beyond) const {
     const int64_t C = static_cast<int64_t>(heads) * D, step = parts * C, from = part * C + a.head * D;
     T* const own = static_cast<T*>(const_cast<void*>(data)) + a.image * (static_cast<int64_t>(H) * W) * step + from;
-    return {own, step, 1, width, a.shared.tokens, beyond ? beyond + from : nullptr};
+    return {own, step, width, a.shared.tokens, beyond ? beyond + from : nullptr};
   }
   template <class T>
   PYOPS_DEVICE Rows<T> query(const WindowAt& a) const {
@@ -312,5 +345,21 @@ struct Windows {
     }
   }
 };
+
+// For sizes that fit 32 bits.
+inline Windows windows_of(const WindowAttention& p) {
+  Windows w{};
+  w.qkv = p.qkv, w.qkv_bias = p.qkv_bias, w.table = p.table, w.logit_scale = p.logit_scale;
+  w.y = p.output, w.sums = p.lse, w.scale = p.scale;
+  w.H = static_cast<int>(p.H), w.W = static_cast<int>(p.W), w.heads = static_cast<int>(p.heads), w.D = static_cast<int>(p.D);
+  w.wh = static_cast<int>(p.wh), w.ww = static_cast<int>(p.ww);
+  w.shift_h = static_cast<int>(p.shift_h), w.shift_w = static_cast<int>(p.shift_w);
+  w.down = static_cast<int>(p.rows), w.across = static_cast<int>(p.columns);
+  w.tokens = static_cast<int>(p.tokens()), w.entries = static_cast<int>(p.entries());
+  w.width = 8;
+  for (const void* data : {p.qkv, static_cast<const void*>(p.output), p.grad, static_cast<const void*>(p.grad_qkv)})
+    w.width = std::min(w.width, layout_of({const_cast<void*>(data), 0, 0, 0}, p.D).width);
+  return w;
+}
 
 }  // namespace pyops::attention
