@@ -26,6 +26,8 @@ inline uint16_t float_to_f16(float value) {
   return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
 }
 
+inline float exp2(float x) { return x < -126.f ? 0.f : std::exp2(x); }
+
 template <class T>
 inline float half_of(uint32_t pair, int which) {
   const uint16_t bits = static_cast<uint16_t>(pair >> (16 * which));

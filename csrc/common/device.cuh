@@ -66,6 +66,13 @@ PYOPS_DEVICE float exact_exp(float x) {
   return static_cast<float>(std::exp(static_cast<double>(x)));  // what a good expf gives, whatever the host's libm
 #endif
 }
+PYOPS_DEVICE float exact_log(float x) {
+#if defined(__CUDACC__)
+  return logf(x);
+#else
+  return static_cast<float>(std::log(static_cast<double>(x)));
+#endif
+}
 PYOPS_DEVICE float exact_tanh(float x) {
 #if defined(__CUDACC__)
   return tanhf(x);

@@ -33,6 +33,13 @@ PYOPS_DEVICE float f16_to_float(uint16_t bits) {
   return value;
 }
 
+// 2 to the power of x, about 2 ulp; subnormal results are zeros.
+PYOPS_DEVICE float exp2(float x) {
+  float value;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+
 // c += A B on tensor cores, float accumulators. `type` is only read for its type.
 PYOPS_DEVICE void mma_m16n8k16(bf16 /*type*/, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

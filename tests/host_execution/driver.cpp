@@ -1,6 +1,7 @@
 // C interface to the kernels, compiled for the host or for a GPU: what the tests call through ctypes.
 #include <cstdio>
 
+#include "../../csrc/attention/attention_cuda.h"
 #include "../../csrc/common/cuda_registry.h"
 #include "../../csrc/common/launch.cuh"
 #include "../../csrc/conv/channel_cuda.h"
@@ -195,6 +196,14 @@ int host_mlp_pack(const linear::MlpSizes* sizes, const linear::MlpWeights* weigh
 
 int host_mlp(const linear::Mlp* p, char* error, int error_bytes) {
   return guarded(error, error_bytes, [&] { linear::mlp_cuda(*p, nullptr); });
+}
+
+int host_attention(const attention::Attention* p, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { attention::attention_cuda(*p, nullptr); });
+}
+
+int host_window_attention(const attention::WindowAttention* p, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { attention::window_attention_cuda(*p, nullptr); });
 }
 
 // The names, one per line, of kernels that were launched on the host and are not in the registry. Returns the text's length.
