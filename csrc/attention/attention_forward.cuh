@@ -1,8 +1,8 @@
 // Attention's forward pass for short sequences and for windows: output = dropout(softmax(scores)) value, and lse.
 //
 // A block has one head of a sequence or window, or several where they have few rows, or a part of one's rows where there are fewer
-// heads than SMs. Keys and values are in shared memory as they are, copied once (attention_mma.cuh: no bank conflicts). A warp takes 16
-// queries at a time, in registers, and walks their keys 64 at a time in tiles of 8, none beyond the last that a query sees: products,
+// heads than SMs. Keys and values are in shared memory as they are, copied once (attention_mma.cuh: no bank conflicts). A warp has 16
+// queries in registers, and walks their keys 64 at a time in tiles of 8, none beyond the last that a query sees: products,
 // scores, the running maximum and sum of each row, which lie in four lanes, and exp2; the weights, in the layout of mma's accumulators,
 // become the left operand of the product with the values without leaving the lane. 64 keys or fewer are one pass, nothing is rescaled.
 // Rows come and go in pieces of 16 bytes, which a quad turns to operands and back by shuffles.
@@ -76,7 +76,6 @@ PYOPS_DEVICE void attend(const ForwardParams<Place>& p, const At& a, const Tile&
   p.place.visible(a, own[0], first[0], last[0]), p.place.visible(a, own[1], first[1], last[1]);
   p.place.visible(a, row0, begin, unused), p.place.visible(a, row0 + 15 < a.n ? row0 + 15 : a.n - 1, unused, end);
   const float factor = p.plain > 0.f ? p.plain : kLog2E;
-  const uint64_t seed = p.dropout.seed ? static_cast<uint64_t>(*p.dropout.seed) : 0;
 
   float sum[2 * kSteps][4], most[2] = {kMinusInfinity, kMinusInfinity}, total[2] = {0.f, 0.f};
   PYOPS_UNROLL
@@ -133,12 +132,16 @@ PYOPS_DEVICE void attend(const ForwardParams<Place>& p, const At& a, const Tile&
         x[tile][e] = ptx::exp2(x[tile][e] * factor - anchor[e / 2]);
         total[e / 2] += x[tile][e];
       }
-      if (p.dropout.seed) {
-        const uint32_t bits = kept(p.dropout, seed, a.sequence, a.head, own[0], base + 8 * tile + lane % 4 * 2);
-        PYOPS_UNROLL
-        for (int e = 0; e < 4; ++e)
-          if ((bits >> e & 1) == 0) x[tile][e] = 0.f;
-      }
+    }
+    if (p.dropout.seed) {
+      uint32_t stay = 0;  // four bits a tile
+      PYOPS_NO_UNROLL
+      for (int tile = 0; tile < tiles; ++tile)
+        stay |= kept(p.dropout, static_cast<uint64_t>(*p.dropout.seed), a.sequence, a.head, own[0], base + 8 * tile + lane % 4 * 2)
+                << 4 * tile;
+      PYOPS_UNROLL
+      for (int i = 0; i < 4 * kTiles; ++i)
+        if ((stay >> i & 1) == 0) x[i / 4][i % 4] = 0.f;
     }
     PYOPS_UNROLL
     for (int pair = 0; pair < kTiles / 2; ++pair) {
@@ -166,9 +169,18 @@ PYOPS_DEVICE void attend(const ForwardParams<Place>& p, const At& a, const Tile&
   store_sums<T, 2 * kSteps>(p.place.template output<T>(a), row0, a.n, p.place.D, sum, share);
 }
 
+// More threads than a block has, so that what a thread may have of registers, without spills, lets several blocks share an SM.
+template <int kHead>
+constexpr int kThreadsForRegisters[2] = {kHead == 32   ? 512
+                                         : kHead == 64 ? 384
+                                                       : 256,
+                                         kHead == 32   ? 640
+                                         : kHead == 64 ? 512
+                                                       : 256};
+
 // kHead: the most elements of a head.
 template <class T, int kHead, class Place>
-PYOPS_KERNEL(kMostWarps* kWarpSize)
+PYOPS_KERNEL(kThreadsForRegisters<kHead>[Place::kWindows])
 attention_forward(ForwardParams<Place> p) {
   constexpr int kSteps = kHead / 16;
   unsigned char* const shared = dynamic_shared();
@@ -196,30 +208,22 @@ attention_forward(ForwardParams<Place> p) {
   }
   ptx::cp_async_commit();
 
-  const int units = count * p.tiles, rounds = ceil_div(p.together * p.tiles, warps * p.parts);
-  PYOPS_NO_UNROLL
-  for (int round = 0; round < rounds; ++round) {
-    const int unit = (round * p.parts + part) * warps + thread / kWarpSize, which = unit / p.tiles, row0 = unit % p.tiles * 16;
-    const auto a = at(which < count ? which : 0);
-    const bool busy = unit < units && row0 < a.n;
-    uint32_t q[kSteps][4];
-    if (busy) load_left<T, kSteps>(p.place.template query<T>(a), row0, a.n, p.place.D, q);
-    if (round == 0) {
-      ptx::cp_async_wait<0>();
+  const int unit = part * warps + thread / kWarpSize, which = unit / p.tiles, row0 = unit % p.tiles * 16;
+  const auto a = at(which < count ? which : 0);
+  const bool busy = which < count && row0 < a.n;
+  uint32_t q[kSteps][4];
+  if (busy) load_left<T, kSteps>(p.place.template query<T>(a), row0, a.n, p.place.D, q);
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  if constexpr (Place::kWindows) {
+    if (p.place.logit_scale) {
+      for (int i = thread; i < count * p.key_rows; i += threads)
+        at(i / p.key_rows).shared.units[p.key_rows + i % p.key_rows] = unit_of<T>(tile(i / p.key_rows, 0), i % p.key_rows);
       __syncthreads();
-      if constexpr (Place::kWindows) {
-        if (p.place.logit_scale) {
-          for (int i = thread; i < count * p.key_rows; i += threads)
-            at(i / p.key_rows).shared.units[p.key_rows + i % p.key_rows] = unit_of<T>(tile(i / p.key_rows, 0), i % p.key_rows);
-          __syncthreads();
-        }
-      }
+      if (busy) query_units<T>(q, row0, a.shared.units);
     }
-    if (!busy) continue;
-    if constexpr (Place::kWindows)
-      if (p.place.logit_scale) query_units<T>(q, row0, a.shared.units);
-    attend<T, kSteps>(p, a, tile(which, 0), tile(which, 1), row0, q);
   }
+  if (busy) attend<T, kSteps>(p, a, tile(which, 0), tile(which, 1), row0, q);
 }
 
 // Spreads the problems over blocks. place and dropout are set, and plain.
@@ -237,9 +241,9 @@ void launch_forward(ForwardParams<Place> p, int64_t problems, int N, int M, cuda
   const int fitting = p.problem_bytes ? static_cast<int>(kRoomy) / p.problem_bytes : 4;
   p.together = std::max(1, std::min({4 / p.tiles, fitting, p.problems / limits.sm_count}));
   const int blocks = ceil_div(p.problems, p.together), units = p.together * p.tiles;
-  const int wanted = p.together == 1 ? std::clamp(limits.sm_count / blocks, 1, ceil_div(units, 4)) : 1;
-  const int rounds = ceil_div(units, wanted * kMostWarps), warps = ceil_div(units, wanted * rounds);
-  p.parts = ceil_div(units, warps * rounds);
+  // A warp has 16 queries; no more than needed to fill the SMs read the same keys.
+  p.parts = std::max(ceil_div(units, kMostWarps), p.together == 1 ? std::clamp(limits.sm_count / blocks, 1, ceil_div(units, 4)) : 1);
+  const int warps = ceil_div(units, p.parts);
   const int64_t grid = int64_t{blocks} * p.parts;
   const LaunchShape shape{dim3(static_cast<unsigned>(grid)), warps * kWarpSize, static_cast<size_t>(p.together) * p.problem_bytes};
   launch("attention_forward", attention_forward<T, kHead, Place>, shape, stream, p);

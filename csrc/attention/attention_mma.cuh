@@ -94,7 +94,7 @@ struct ScoreOptions {
   float scale, softcap;         // 0: no cap
   int left, right;              // -1: all; at most kFar
   const void* bias;             // [sequences, H, N', M']
-  int64_t bias_stride[4];       // elements, 0 along a dimension of one
+  int64_t bias_step[4];         // bytes, 0 along a dimension of one; the last at most 4
   int bias_rows, bias_columns;  // how many there are, INT32_MAX along a dimension of one
   BiasType bias_type;
   const float* slopes;  // [sequences, H] or null
@@ -104,14 +104,14 @@ constexpr int kFar = 1 << 24;
 
 // A head of a sequence with n rows and m columns, none beyond the bias'.
 struct HeadScores {
-  int64_t bias_at;  // of its (0, 0), elements
+  int64_t bias_at;  // of its (0, 0), bytes
   float slope;
   int n, m;
 };
 
 PYOPS_DEVICE HeadScores head_scores(const ScoreOptions& o, int sequence, int head, int n, int m) {
   const float slope = o.slopes ? o.slopes[sequence * o.slopes_stride + head] : 0.f;
-  return {sequence * o.bias_stride[0] + head * o.bias_stride[1], slope, n, m};
+  return {sequence * o.bias_step[0] + head * o.bias_step[1], slope, n, m};
 }
 
 // The keys [first, last) that query i sees.
@@ -130,19 +130,17 @@ PYOPS_DEVICE void scale_and_cap(const ScoreOptions& o, float (&x)[4]) {
   for (int e = 0; e < 4; ++e) x[e] = o.softcap * exact_tanh(x[e] / o.softcap);
 }
 
-PYOPS_DEVICE float bias_value(float value) { return value; }
-PYOPS_DEVICE float bias_value(bf16 value) { return to_float(value); }
-PYOPS_DEVICE float bias_value(f16 value) { return to_float(value); }
-PYOPS_DEVICE float bias_value(uint8_t seen) { return seen ? 0.f : kMinusInfinity; }
+struct Seen {  // an element of a boolean bias
+  uint8_t is;
+};
+using pyops::to_float;
+PYOPS_DEVICE float to_float(Seen seen) { return seen.is ? 0.f : kMinusInfinity; }
 
-template <class U, bool kTransposed>
-PYOPS_DEVICE void add_bias(const ScoreOptions& o, const HeadScores& of, const int (&i)[2], const int (&j)[2], float (&x)[4]) {
-  const U* const bias = static_cast<const U*>(o.bias) + of.bias_at;
+template <class U>
+PYOPS_DEVICE void load_bias(const unsigned char* const (&at)[4], float (&bias)[4]) {
   PYOPS_UNROLL
-  for (int e = 0; e < 4; ++e) {
-    const int row = i[kTransposed ? e % 2 : e / 2], column = j[kTransposed ? e / 2 : e % 2];
-    if (row < of.n && column < of.m) x[e] += bias_value(bias[row * o.bias_stride[2] + column * o.bias_stride[3]]);
-  }
+  for (int e = 0; e < 4; ++e)
+    if (at[e]) bias[e] = to_float(*reinterpret_cast<const U*>(at[e]));
 }
 
 // Slopes and bias for queries i and keys j of a tile. Queries beyond n and keys beyond m may be among them.
@@ -155,13 +153,23 @@ PYOPS_DEVICE void add_biases(const ScoreOptions& o, const HeadScores& of, const 
       x[e] -= of.slope * static_cast<float>(apart < 0 ? -apart : apart);
     }
   }
-  switch (o.bias_type) {
-    case BiasType::none: break;
-    case BiasType::f32: add_bias<float, kTransposed>(o, of, i, j, x); break;
-    case BiasType::bf16: add_bias<bf16, kTransposed>(o, of, i, j, x); break;
-    case BiasType::f16: add_bias<f16, kTransposed>(o, of, i, j, x); break;
-    case BiasType::boolean: add_bias<uint8_t, kTransposed>(o, of, i, j, x); break;
+  if (o.bias_type == BiasType::none) return;
+  const unsigned char* at[4];
+  PYOPS_UNROLL
+  for (int e = 0; e < 4; ++e) {
+    const int row = i[kTransposed ? e % 2 : e / 2], column = j[kTransposed ? e / 2 : e % 2];
+    const unsigned char* const bias = static_cast<const unsigned char*>(o.bias) + of.bias_at + row * o.bias_step[2];
+    at[e] = row < of.n && column < of.m ? bias + column * static_cast<int>(o.bias_step[3]) : nullptr;
   }
+  float value[4] = {0.f, 0.f, 0.f, 0.f};
+  switch (o.bias_type) {
+    case BiasType::f32: load_bias<float>(at, value); break;
+    case BiasType::bf16: load_bias<bf16>(at, value); break;
+    case BiasType::f16: load_bias<f16>(at, value); break;
+    default: load_bias<Seen>(at, value); break;
+  }
+  PYOPS_UNROLL
+  for (int e = 0; e < 4; ++e) x[e] += value[e];
 }
 
 // ------------------------------------------------------------------------------------------------------------------- dropout

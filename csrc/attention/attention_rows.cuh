@@ -229,7 +229,8 @@ inline Sequences sequences_of(const Attention& p) {
   o.scale = p.scale, o.softcap = p.softcap;
   o.left = static_cast<int>(std::min<int64_t>(p.left, kFar)), o.right = static_cast<int>(std::min<int64_t>(p.right, kFar));
   o.bias = p.bias.data, o.bias_type = p.bias.dtype;
-  std::copy(p.bias.strides, p.bias.strides + 4, o.bias_stride);
+  const int bytes = o.bias_type == BiasType::f32 ? 4 : o.bias_type == BiasType::boolean ? 1 : 2;
+  for (int d = 0; d < 4; ++d) o.bias_step[d] = p.bias.strides[d] * bytes;
   const auto extent = [&](int d) {
     const int64_t size = p.bias.sizes[d];
     return o.bias_type == BiasType::none || size == 1 ? INT32_MAX : static_cast<int>(std::min<int64_t>(size, INT32_MAX));
@@ -241,11 +242,9 @@ inline Sequences sequences_of(const Attention& p) {
 
 // ----------------------------------------------------------------------------------------------------------------- windows
 
-// What a block keeps in shared memory of a window's head.
+// What a block keeps in shared memory of a window's head: tokens [padded], units, table [entries]. One pointer, to spare registers.
 struct WindowShared {
-  Token* tokens;  // [round_up(N, 16)]
-  float* table;   // the head's column, zeros without a table
-  float* units;   // with cosines: 1 / |query| [round_up(N, 16)], then of the keys
+  float* units;  // with cosines: 1 / |query| [padded], then of the keys
 };
 
 struct WindowAt {
@@ -275,11 +274,10 @@ struct Windows {
   PYOPS_HOST_DEVICE int shared_bytes() const {  // a multiple of 16
     return static_cast<int>(round_up(padded() * (sizeof(Token) + (logit_scale ? 8 : 0)) + entries * sizeof(float), size_t{16}));
   }
-  PYOPS_DEVICE WindowShared shared_at(unsigned char* memory) const {
-    Token* const own = reinterpret_cast<Token*>(memory);
-    float* const units = reinterpret_cast<float*>(own + padded());
-    return {own, units + (logit_scale ? 2 * padded() : 0), units};
-  }
+  PYOPS_DEVICE WindowShared shared_at(unsigned char* memory) const { return {reinterpret_cast<float*>(memory + padded() * sizeof(Token))}; }
+  PYOPS_DEVICE Token* tokens_of(const WindowAt& a) const { return reinterpret_cast<Token*>(a.shared.units) - padded(); }
+  // The head's column, zeros without a table.
+  PYOPS_DEVICE float* table_of(const WindowAt& a) const { return a.shared.units + (logit_scale ? 2 * padded() : 0); }
   PYOPS_DEVICE WindowAt at(int problem, const WindowShared& shared) const {
     const int window = problem / heads;
     return {window, problem % heads, tokens, tokens, window / (down * across), shared};
@@ -298,16 +296,16 @@ struct Windows {
       const int at_y = y0 >= down * wh ? y0 - down * wh : y0, at_x = x0 >= across * ww ? x0 - across * ww : x0;
       const int apart = region(row, down * wh, wh, shift_h) * 3 + region(column, across * ww, ww, shift_w);
       const bool inside = i < tokens && at_y < H && at_x < W;
-      a.shared.tokens[i] = {inside ? at_y * W + at_x : -1, token / ww * (2 * ww - 1) + token % ww + (apart << 16)};
+      tokens_of(a)[i] = {inside ? at_y * W + at_x : -1, token / ww * (2 * ww - 1) + token % ww + (apart << 16)};
     }
-    for (int i = thread; i < entries; i += threads) a.shared.table[i] = table ? table[i * heads + a.head] : 0.f;
+    for (int i = thread; i < entries; i += threads) table_of(a)[i] = table ? table[i * heads + a.head] : 0.f;
   }
   // Part 0, 1, 2 of a tensor [B, H, W, parts * C].
   template <class T>
   PYOPS_DEVICE Rows<T> rows(const void* data, const WindowAt& a, int part, int parts, const float* beyond) const {
     const int64_t C = static_cast<int64_t>(heads) * D, step = parts * C, from = part * C + a.head * D;
     T* const own = static_cast<T*>(const_cast<void*>(data)) + a.image * (static_cast<int64_t>(H) * W) * step + from;
-    return {own, step, width, a.shared.tokens, beyond ? beyond + from : nullptr};
+    return {own, step, width, tokens_of(a), beyond ? beyond + from : nullptr};
   }
   template <class T>
   PYOPS_DEVICE Rows<T> query(const WindowAt& a) const {
@@ -337,11 +335,11 @@ struct Windows {
     PYOPS_UNROLL
     for (int e = 0; e < 4; ++e) {
       const int row = i[kTransposed ? e % 2 : e / 2], column = j[kTransposed ? e / 2 : e % 2];
-      const int own = a.shared.tokens[row].code, other = a.shared.tokens[column].code;
+      const int own = tokens_of(a)[row].code, other = tokens_of(a)[column].code;
       float value = x[e] * factor;
       if (logit_scale) value *= a.shared.units[row] * a.shared.units[padded() + column];
       const int entry = (own & 0xffff) - (other & 0xffff) + origin;
-      x[e] = value + a.shared.table[entry] + (own >> 16 != other >> 16 ? kMasked : 0.f);
+      x[e] = value + table_of(a)[entry] + (own >> 16 != other >> 16 ? kMasked : 0.f);
     }
   }
 };
