@@ -43,7 +43,7 @@ attention_blanks(BlankParams p) {
 void attention_blanks_cuda(const Attention& p, const Heads& to, int64_t heads, float* lse, bool columns, cudaStream_t stream) {
   BlankParams params{to, lse, p.spans, 0, static_cast<int>(p.B), static_cast<int>(p.S), static_cast<int>(heads), 0, 0, columns ? 2 : 0};
   params.rows = static_cast<int>(columns ? p.M : p.N), params.D = static_cast<int>(p.D), params.all = p.B * heads * params.rows;
-  if (!p.spans || params.all == 0) return;
+  if (params.all == 0 || (!p.spans && p.S > 0)) return;  // no sequences: spans of none have no address
   const LaunchShape shape{dim3(static_cast<unsigned>(ceil_div(params.all, int64_t{kWarps}))), kWarps * kWarpSize, 0};
   launch("attention_blanks", attention_blanks, shape, stream, params);
 }

@@ -17,7 +17,7 @@ void attention_cuda(const Attention& p, cudaStream_t stream);
 void window_attention_cuda(const WindowAttention& p, cudaStream_t stream);
 
 // Zeros, and -inf in lse where it is not null, in the rows of `to` [B, heads, rows, D] that are of no sequence; `columns`: rows are a
-// sequence's columns. Nothing without spans.
+// sequence's columns. Nothing where every batch is a sequence.
 void attention_blanks_cuda(const Attention& p, const Heads& to, int64_t heads, float* lse, bool columns, cudaStream_t stream);
 
 }  // namespace pyops::attention

@@ -203,7 +203,8 @@ PYOPS_DEVICE uint32_t kept(const Dropout& o, uint64_t seed, int sequence, int he
   const uint32_t words[4] = {odd ? low : own.x, odd ? high : own.y, odd ? own.z : low, odd ? own.w : high};
   uint32_t bits = 0;
   PYOPS_UNROLL
-  for (int e = 0; e < 4; ++e) bits |= (words[e] >= o.threshold ? 1u : 0u) << e;
+  for (int e = 0; e < 4; ++e)
+    if (words[e] >= o.threshold) bits |= 1u << e;
   return bits;
 }
 

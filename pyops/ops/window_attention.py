@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyops import _backends
-from pyops.ops import _attention_checks, _conv_call, _fused_ops, _window_attention_ops, _window_attention_train
+from pyops.ops import _attention_checks, _attention_limits, _conv_call, _fused_ops, _window_attention_ops, _window_attention_train
 
 OP = "window_attention"
 _MOST_LOGIT = math.log(100.0)  # Liu et al., 2022
@@ -86,10 +86,7 @@ def window_attention(
 
 def _unsupported(call: _Call, backend: str) -> str | None:
     reason = _conv_call.unsupported(call.qkv.device.type, call.qkv.dtype, backend)
-    if reason is not None or backend == "eager":
-        return reason
-    D = call.qkv.shape[3] // 3 // call.heads
-    return None if D <= 256 else f"its heads are of 256 or less, these are {D}"
+    return reason if reason is not None or backend == "eager" else _attention_limits.window_unsupported(call, backend)
 
 
 def _pair(name: str, value, least: int) -> list[int]:

@@ -7,7 +7,7 @@ import ctypes
 
 import torch
 
-from pyops.ops import _attention_checks, _attention_reference, _philox, _window_attention_ops, window_attention
+from pyops.ops import _attention_checks, _attention_limits, _attention_reference, _philox, _window_attention_ops, window_attention
 from pyops.ops.flash_attention import Call
 from pyops.testing.samples.attention import SAMPLES as ALL_SAMPLES
 from pyops.testing.samples.window_attention import SAMPLES as ALL_WINDOW_SAMPLES
@@ -77,7 +77,8 @@ def block(query, key, value, bias, slopes, spans, seed, options, output, lse):
 
 def window_block(qkv, qkv_bias, table, logit_scale, seed, heads, window, shift, scale, dropout_p, lse):
     w = _window_attention_ops.Windows.of(qkv.shape[1:3], window, shift)
-    p = WindowAttention(*qkv.shape[:3], heads, qkv.shape[3] // 3 // heads, *window, *shift, *(whole // s for whole, s in zip(w.padded, window)))
+    counts = (whole // side for whole, side in zip(w.padded, window, strict=True))
+    p = WindowAttention(*qkv.shape[:3], heads, qkv.shape[3] // 3 // heads, *window, *shift, *counts)
     p.dtype, p.scale, p.keep_scale = DTYPES[qkv.dtype], scale, 1 / (1 - dropout_p)
     p.threshold = _philox.threshold(dropout_p) if dropout_p else 0
     p.seed, p.qkv, p.qkv_bias, p.table, p.logit_scale, p.lse = map(pointer, (seed, qkv, qkv_bias, table, logit_scale, lse))
@@ -126,10 +127,8 @@ def prepared(
 
 
 def fits(sample):
-    query, key, value = sample.make(torch.bfloat16, "cpu")[0], None, None
-    call = prepared(*query, **sample.make(torch.bfloat16, "cpu")[1])
-    query, key, value = call.heads()
-    return sample.test and query.shape[2] <= 320 and key.shape[2] <= 320 and query.shape[3] == value.shape[3] <= 128
+    args, kwargs = sample.make(torch.bfloat16, "cpu")
+    return _attention_limits.unsupported(prepared(*args, **kwargs), "cuda") is None
 
 
 SAMPLES = {sample.id: sample for sample in ALL_SAMPLES if sample.test and fits(sample)}

@@ -8,7 +8,7 @@ import pytest
 from pyops import kernels as budgets
 
 from ..budgets import differences
-from . import channel, channel_norms, dense, depthwise, expand_depthwise, mlp, pointwise, pool, rnn
+from . import attention, channel, channel_norms, dense, depthwise, expand_depthwise, mlp, pointwise, pool, rnn
 from .harness import ROOT, kernel_sources, kernel_table
 
 
@@ -19,6 +19,7 @@ def every_convolution(library):
 
 # by family, the folder in csrc/: launches each instance of each of its kernels
 EVERY_KERNEL = {
+    "attention": attention.every_kernel,
     "conv": every_convolution,
     "linear": mlp.every_kernel,
     "norm": channel_norms.every_kernel,
