@@ -2,7 +2,7 @@
 //
 // A block has one head of a sequence or window, or several where they have few rows, or a part of one's rows where there are fewer
 // heads than SMs. Keys and values are in shared memory as they are, copied once (attention_mma.cuh: no bank conflicts). A warp has 16
-// queries in registers, and walks their keys 64 at a time in tiles of 8, none beyond the last that a query sees: products,
+// queries in registers, and walks their keys 64 (or 32) at a time in tiles of 8, none beyond the last that a query sees: products,
 // scores, the running maximum and sum of each row, which lie in four lanes, and exp2; the weights, in the layout of mma's accumulators,
 // become the left operand of the product with the values without leaving the lane. 64 keys or fewer are one pass, nothing is rescaled.
 // Rows come and go in pieces of 16 bytes, which a quad turns to operands and back by shuffles.
@@ -18,7 +18,6 @@
 namespace pyops::attention {
 
 constexpr int kMostWarps = 8;
-constexpr int kBlock = 64;            // keys at once
 constexpr size_t kRoomy = 48 * 1024;  // shared memory up to which a block takes several problems
 
 template <class Place>
@@ -30,6 +29,38 @@ struct ForwardParams {
   int chunks, key_rows;           // of keys and values in shared memory
   int problem_bytes;              // of shared memory
   float plain;                    // > 0: scores are products, this times log2(e) their factor; else Place::score tells
+};
+
+// Registers decide how many blocks share an SM. By [Place::kWindows], without spills:
+// more threads than a block has, so that a thread may have the registers that as many leave it;
+template <int kHead>
+constexpr int kThreads[2] = {kHead == 128 ? 256 : 512, 256 * (kHead == 128) + 512 * (kHead == 64) + 640 * (kHead == 32)};
+// keys at once: 64 of ViT's heads would take 160 registers, and an SM one block of 7 warps instead of two;
+template <int kHead>
+constexpr int kKeys[2] = {kHead == 64 ? 32 : 64, 64};
+// whether a warp's queries wait in shared memory.
+template <int kHead>
+constexpr bool kQueriesWait[2] = {kHead == 64, kHead == 32};
+
+// A warp's queries as left operands, steps of 16 columns each.
+template <int kSteps, bool kWait>
+struct Queries {
+  uint32_t own[kWait ? 1 : kSteps][4];
+  uint4* place;  // the lane's of step 0
+
+  PYOPS_DEVICE void keep(const uint32_t (&q)[kSteps][4]) {
+    PYOPS_UNROLL
+    for (int i = 0; i < kSteps; ++i) {
+      if constexpr (kWait) place[i * kWarpSize] = uint4{q[i][0], q[i][1], q[i][2], q[i][3]};
+      else own[i][0] = q[i][0], own[i][1] = q[i][1], own[i][2] = q[i][2], own[i][3] = q[i][3];
+    }
+  }
+  PYOPS_DEVICE void read(int step, uint32_t (&a)[4]) const {
+    if constexpr (kWait) {
+      const uint4 piece = place[step * kWarpSize];
+      a[0] = piece.x, a[1] = piece.y, a[2] = piece.z, a[3] = piece.w;
+    } else a[0] = own[step][0], a[1] = own[step][1], a[2] = own[step][2], a[3] = own[step][3];
+  }
 };
 
 // Row i's 1 / max(|row|, 1e-12), of a window's keys.
@@ -65,9 +96,9 @@ PYOPS_DEVICE void query_units(const uint32_t (&q)[kSteps][4], int row0, float* u
 }
 
 // Queries row0 .. row0 + 15 over all their keys.
-template <class T, int kSteps, class Place, class At>
+template <class T, int kSteps, int kBlock, class Place, class At, class Queries>
 PYOPS_DEVICE void attend(const ForwardParams<Place>& p, const At& a, const Tile& key_tile, const Tile& value_tile, int row0,
-                         const uint32_t (&q)[kSteps][4]) {
+                         const Queries& queries) {
   constexpr int kTiles = kBlock / 8;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, steps = p.chunks / 2;
   const int own[2] = {row0 + lane / 4, row0 + lane / 4 + 8};
@@ -93,10 +124,11 @@ PYOPS_DEVICE void attend(const ForwardParams<Place>& p, const At& a, const Tile&
       PYOPS_UNROLL
       for (int step = 0; step < kSteps; ++step) {
         if (step >= steps) break;
-        uint32_t b[4];
+        uint32_t q[4], b[4];
+        queries.read(step, q);
         ptx::ldmatrix_x4(b, keys.at(base + 16 * pair, step));
-        multiply<T>(x[2 * pair], q[step], b[0], b[1]);
-        if (2 * pair + 1 < tiles) multiply<T>(x[2 * pair + 1], q[step], b[2], b[3]);
+        multiply<T>(x[2 * pair], q, b[0], b[1]);
+        if (2 * pair + 1 < tiles) multiply<T>(x[2 * pair + 1], q, b[2], b[3]);
       }
     }
 
@@ -112,17 +144,17 @@ PYOPS_DEVICE void attend(const ForwardParams<Place>& p, const At& a, const Tile&
         most[e / 2] = fmaxf(most[e / 2], x[tile][e]);
       }
     }
-    float anchor[2];  // rows that have seen nothing yet have a finite one
+    float anchor[2], shrink[2];  // rows that have seen nothing yet have a finite anchor
     PYOPS_UNROLL
     for (int half = 0; half < 2; ++half) {
       most[half] = quad_max(most[half]);
       anchor[half] = most[half] == kMinusInfinity ? 0.f : most[half] * factor;
-      const float shrink = ptx::exp2(before[half] * factor - anchor[half]);
-      total[half] *= shrink;
-      if (base >= kBlock) {
-        PYOPS_UNROLL
-        for (int i = 0; i < 2 * kSteps; ++i) sum[i][2 * half] *= shrink, sum[i][2 * half + 1] *= shrink;
-      }
+      shrink[half] = ptx::exp2(before[half] * factor - anchor[half]);
+      total[half] *= shrink[half];
+    }
+    if (base >= kBlock && __any_sync(0xffffffffu, most[0] != before[0] || most[1] != before[1])) {
+      PYOPS_UNROLL
+      for (int i = 0; i < 8 * kSteps; ++i) sum[i / 4][i % 4] *= shrink[i / 2 % 2];
     }
     PYOPS_UNROLL
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -169,18 +201,9 @@ PYOPS_DEVICE void attend(const ForwardParams<Place>& p, const At& a, const Tile&
   store_sums<T, 2 * kSteps>(p.place.template output<T>(a), row0, a.n, p.place.D, sum, share);
 }
 
-// More threads than a block has, so that what a thread may have of registers, without spills, lets several blocks share an SM.
-template <int kHead>
-constexpr int kThreadsForRegisters[2] = {kHead == 32   ? 512
-                                         : kHead == 64 ? 384
-                                                       : 256,
-                                         kHead == 32   ? 640
-                                         : kHead == 64 ? 512
-                                                       : 256};
-
 // kHead: the most elements of a head.
 template <class T, int kHead, class Place>
-PYOPS_KERNEL(kThreadsForRegisters<kHead>[Place::kWindows])
+PYOPS_KERNEL(kThreads<kHead>[Place::kWindows])
 attention_forward(ForwardParams<Place> p) {
   constexpr int kSteps = kHead / 16;
   unsigned char* const shared = dynamic_shared();
@@ -223,7 +246,12 @@ attention_forward(ForwardParams<Place> p) {
       if (busy) query_units<T>(q, row0, a.shared.units);
     }
   }
-  if (busy) attend<T, kSteps>(p, a, tile(which, 0), tile(which, 1), row0, q);
+  if (!busy) return;
+  Queries<kSteps, kQueriesWait<kHead>[Place::kWindows]> queries;
+  queries.place =
+      reinterpret_cast<uint4*>(shared + p.together * p.problem_bytes) + thread / kWarpSize * kSteps * kWarpSize + thread % kWarpSize;
+  queries.keep(q);
+  attend<T, kSteps, kKeys<kHead>[Place::kWindows]>(p, a, tile(which, 0), tile(which, 1), row0, queries);
 }
 
 // Spreads the problems over blocks. place and dropout are set, and plain.
@@ -245,7 +273,9 @@ void launch_forward(ForwardParams<Place> p, int64_t problems, int N, int M, cuda
   p.parts = std::max(ceil_div(units, kMostWarps), p.together == 1 ? std::clamp(limits.sm_count / blocks, 1, ceil_div(units, 4)) : 1);
   const int warps = ceil_div(units, p.parts);
   const int64_t grid = int64_t{blocks} * p.parts;
-  const LaunchShape shape{dim3(static_cast<unsigned>(grid)), warps * kWarpSize, static_cast<size_t>(p.together) * p.problem_bytes};
+  size_t bytes = static_cast<size_t>(p.together) * p.problem_bytes;
+  if (kQueriesWait<kHead>[Place::kWindows]) bytes += sizeof(uint4) * (kHead / 16) * kWarpSize * warps;
+  const LaunchShape shape{dim3(static_cast<unsigned>(grid)), warps * kWarpSize, bytes};
   launch("attention_forward", attention_forward<T, kHead, Place>, shape, stream, p);
 }
 
