@@ -38,7 +38,7 @@ PYOPS_DEVICE void quad_transpose(uint32_t (&w)[4]) {
 
 template <class T>
 PYOPS_DEVICE uint32_t pack(float low, float high) {
-  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+  return ptx::floats_to_pair(T{}, low, high);
 }
 
 // --------------------------------------------------------------------------------------------------------------- shared rows

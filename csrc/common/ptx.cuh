@@ -27,6 +27,18 @@ PYOPS_DEVICE uint16_t float_to_f16(float value) {
   return bits;
 }
 
+// Two values at once, the first in the low half.
+PYOPS_DEVICE uint32_t floats_to_pair(bf16 /*type*/, float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+PYOPS_DEVICE uint32_t floats_to_pair(f16 /*type*/, float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
 PYOPS_DEVICE float f16_to_float(uint16_t bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
