@@ -207,12 +207,12 @@ struct WindowBackward : WindowPass<S> {
     }
   }
 
-  // A vector of queries: the weights, and the sums of weight times slope over those of weights: these are one but for the rounding of lse,
-  // which a row's sum of s would otherwise keep.
+  // A vector of queries: the weights, and the mean of slopes under them. They are added up for it: lse is rounded, which at scores of a
+  // hundred is 4e-6 of a weight, and where one weight is nearly all, its slope is nearly the mean.
   template <bool Cosine, bool Masked>
   vf weigh(const Member& me, const typename Base::Scores& scores, int64_t head, int64_t first, int64_t v) const {
     const vf lse = load(me.lse + v);
-    vf delta{}, total{};
+    vf delta{}, sum{};
     by_fours(N, [&](int64_t u, auto count) {
       constexpr int R = decltype(count)::value;
       vf keep[4];
@@ -220,8 +220,7 @@ struct WindowBackward : WindowPass<S> {
       for (int r = 0; r < R; ++r) {
         const int64_t at = (u + r) * kPanel + v;
         vf weight = exp_weight(scores.template at<Cosine, Masked>(u + r, v) - lse), slope = load(me.slopes + at);
-        store(me.weights + at, weight);
-        total += weight;
+        store(me.weights + at, weight), sum += weight;
         if (p.threshold) {
           slope *= keep[r], store(me.slopes + at, slope);
           delta += weight * slope;
@@ -233,7 +232,7 @@ struct WindowBackward : WindowPass<S> {
         if (kPairs) put_lanes<E>(me.weight_rows + (u + r) * kRow, v, weight);
       }
     });
-    return delta / (total > 0.f ? total : splat<float>(1.f));  // columns beyond the last query may have none
+    return delta / larger(sum, vf{} + 0x1p-126f);  // columns without a query may have no weight
   }
 
   // The same vector: s in the table's sum, s times the products' factor as the two products read it; the sum of s times cosine.

@@ -135,7 +135,7 @@ struct WindowPass {
 
   int64_t block_floats() const { return N * kPanel; }
   int64_t queries(int64_t block) const { return N - block * kPanel < kPanel ? N - block * kPanel : kPanel; }
-  bool has_dense() const { return p.table && p.heads * blocks * block_floats() <= int64_t{1} << 23; }  // 32 MiB
+  bool has_dense() const { return p.table && p.heads * blocks * block_floats() <= int64_t{1} << 21; }  // 8 MiB
 
   void lay_out_shared(Layout& to) {
     beyond = to.take<S>(3 * C), one = to.take<float>(kPanel);
