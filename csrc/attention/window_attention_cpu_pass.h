@@ -19,21 +19,6 @@ constexpr float kLeastNorm = 1e-12f;
 constexpr float kApart = -100.f;     // between regions
 constexpr int64_t kMostAhead = 256;  // tokens of a window whose rows are fetched ahead
 
-// Of finite x >= 2^-126: the polynomial of `power`.
-inline vf log(vf x) {
-  const vi u = bits<vi>(x), e = (u - 0x3f3504f3) >> 23;
-  const vf f = bits<vf>(u - (e << 23)) - 1.f, n = __builtin_convertvector(e, vf);
-  vf p = f * 7.0376836292e-2f - 1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f - 1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f - 1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f - 2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
-  return n * 0.693359375f + (f + ((f * f) * (f * p - 0.5f) - n * 2.12194440e-4f));
-}
-
 // The factors of keys u .. u + 3 (u a multiple of four: a block's four words) for a vector of queries from t on.
 inline void keep_four(const Dropout& dropout, int64_t window, int64_t head, int64_t t, int64_t u, vf (&keep)[4]) {
   vu a = vu{} + static_cast<uint32_t>(u / 4), b = vu{} + static_cast<uint32_t>(t), c = vu{} + static_cast<uint32_t>(head);
