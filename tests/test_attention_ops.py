@@ -118,6 +118,17 @@ def test_long_keys(dtype):
     check(draw(1, 1, 1300, 16, 700, 1, dtype, right=0), dtype)  # the first 600 rows see nothing
 
 
+@every_kind
+@pytest.mark.parametrize("rows", [1, 2])
+def test_few_rows(rows, dtype):
+    """Where keys and values are read in place."""
+    for change in ({}, {"right": 0}, {"M": 1301, "left": 700}, {"softcap": 2.0, "M": 3}, {"M": 0}):
+        check(draw(2, 2, rows, 64, **{"M": 1030, "G": 1} | change, dtype=dtype), dtype)
+    check(
+        draw(2, 2, rows, 32, 77, 2, dtype, bias=torch.randn(2, 1, rows, 77), dropout_p=0.2, seed=torch.tensor([8])), dtype, needs_bias=True
+    )
+
+
 def test_scores_far_apart():
     """A maximum that grows from block to block, and one in the first."""
     ramp = torch.linspace(-500, 500, 1300).view(1, 1, 1, 1300)

@@ -37,8 +37,8 @@ int64_t cost_of(const Attention& p, const Sequence& q, int64_t begin, int64_t en
   return (end - begin) * (std::max<int64_t>(seen.end - seen.begin, 0) + 16);
 }
 int64_t cost_of_head(const Attention& p, const Sequence& q, int64_t most) {
-  const int64_t all = share_count(q.rows, most);
   if (p.left < 0 && p.right < 0) return cost_of(p, q, 0, q.rows);
+  const int64_t all = share_count(q.rows, most);
   int64_t cost = 0;
   for (int64_t g = 0; g < all; ++g) cost += cost_of(p, q, share_begin(q.rows, all, g), share_begin(q.rows, all, g + 1));
   return cost;
@@ -49,7 +49,7 @@ int threads_for(int64_t cost, int64_t D, int64_t most) {
   return static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(std::min<int64_t>(cpu::max_threads(), most), 1)));
 }
 
-// Writes `row(batch, head, row)` for rows (or columns) of no sequence.
+// fill(batch, row) for rows (or columns) of no sequence.
 template <class F>
 void each_gap(const Attention& p, bool columns, const F& fill) {
   if (!p.spans) return;
@@ -103,7 +103,8 @@ std::vector<Place> cut_forward(const Attention& p, int& threads) {
 }
 
 BackwardPlan plan_backward(const AttentionGradient& a, std::vector<int64_t>& cuts) {
-  constexpr int64_t kOwners = 8, kMostFloats = int64_t{1} << 26;  // owners wanted: shares for some threads; floats of all copies
+  // Owners wanted, and where a copy of the bias' gradient serves eight tasks or more; floats of all copies.
+  constexpr int64_t kOwners = 8, kFineOwners = 64, kMostFloats = int64_t{1} << 26;
   const Attention& p = a.forward;
   BackwardPlan plan{};
   plan.sequence_slices = p.S, plan.head_slices = p.G, plan.copies = 1, plan.parts = 1;
@@ -116,7 +117,8 @@ BackwardPlan plan_backward(const AttentionGradient& a, std::vector<int64_t>& cut
     if (sizes[0] == 1) plan.sequence_slices = 1;
     if (sizes[1] == 1) plan.head_slices = 1;
     const int64_t slices = plan.sequence_slices * plan.head_slices, tasks = p.S * p.G / slices;
-    plan.copies = std::min({tasks, share_count(kOwners, slices), std::max<int64_t>(kMostFloats / floats, 1)});
+    const int64_t wanted = std::max(std::min(tasks, share_count(kOwners, slices)), std::min(tasks / 8, share_count(kFineOwners, slices)));
+    plan.copies = std::clamp<int64_t>(kMostFloats / floats, 1, wanted);
   }
   const int64_t runs = plan.sequence_slices * plan.head_slices * plan.copies;
   plan.parts = std::min(share_count(kOwners, runs), blocks);

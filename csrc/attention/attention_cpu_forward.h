@@ -15,7 +15,7 @@ using cpu::Layout;
 using cpu::Team;
 
 static_assert(kGroup == kGroupRows);
-constexpr int64_t kMostKeys = 512, kBlockFloats = 65536, kChunk = 16384;
+constexpr int64_t kMostKeys = 512, kBlockFloats = 65536, kChunk = 16384, kFewRows = 4;
 
 inline int64_t block_keys(int64_t M, int64_t width, int64_t most, int64_t floats) {
   const int64_t fit = floats / width / kPanel * kPanel, limit = clamped(fit, kPanel, most);
@@ -90,6 +90,25 @@ struct ForwardPass {
     pack_straight<E>(me.rows, count, p.D, me.values);
   }
 
+  // Few rows for a key head: packing would cost more than the products, so keys and values are read where they lie.
+  bool in_place(const Sequence& q) const { return std::is_same_v<S, float> && p.D % kF == 0 && q.rows * (p.H / p.G) <= kFewRows; }
+  // Products of `rows` rows with the keys of columns begin..end, four at a time (beyond the last: the last again).
+  void multiply_keys(const S* query, int64_t rows, const S* keys, int64_t begin, int64_t end, float* out) const {
+    for (int64_t j = begin; j < end; j += 4)
+      for (int64_t r = 0; r < rows; ++r) {
+        vf sum[4] = {};
+        const S* from[4];
+        for (int i = 0; i < 4; ++i) from[i] = keys + (j + i < end ? j + i : end - 1) * p.key.row;
+        for (int64_t d = 0; d < p.D; d += kF) {
+          const vf x = load_as(query + r * p.query.row + d, float{});
+          for (int i = 0; i < 4; ++i) sum[i] += x * load_as(from[i] + d, float{});
+        }
+        float sums[4];
+        sum_lanes(sum, sums);
+        __builtin_memcpy(out + r * lds + j, sums, sizeof sums);
+      }
+  }
+
   // The maximum of a row's scores in columns begin..end of the block at `first`, which take the products' place (plain ones: unscaled).
   float find_maximum(const Member& me, const Sequence& q, int64_t s, int64_t head, int64_t row, int64_t r, int64_t first, Columns run,
                      Columns seen) const {
@@ -150,11 +169,15 @@ struct ForwardPass {
     if (seen.begin >= seen.end) return;
     const Columns run{seen.begin / kUnit * kUnit, round_up(seen.end, kUnit)};
     const int64_t rows = i1 - i0;
-    if constexpr (std::is_same_v<S, float>) {
-      multiply_panels<E>(rows, at<S>(p.query, q.batch, head, q.first_row + i0), p.query.row, me.keys, lanes, run.begin, run.end, me.scores,
-                         lds);
+    const S* query = at<S>(p.query, q.batch, head, q.first_row + i0);
+    const bool direct = in_place(q);
+    if (direct) {
+      const S* keys = at<S>(p.key, q.batch, head * p.G / p.H, q.first_column + first);
+      multiply_keys(query, rows, keys, run.begin, seen.end, me.scores);
+    } else if constexpr (std::is_same_v<S, float>) {
+      multiply_panels<E>(rows, query, p.query.row, me.keys, lanes, run.begin, run.end, me.scores, lds);
     } else {
-      for (int64_t r = 0; r < rows; ++r) pack_row<E>(at<S>(p.query, q.batch, head, q.first_row + i0 + r), p.D, me.q + r * width);
+      for (int64_t r = 0; r < rows; ++r) pack_row<E>(query + r * p.query.row, p.D, me.q + r * width);
       multiply_panels<E>(rows, me.q, width, me.keys, lanes, run.begin, run.end, me.scores, lds);
     }
     float most[kGroup];
@@ -164,8 +187,12 @@ struct ForwardPass {
     }
     for (int64_t r = 0; r < rows; ++r) softmax(me, s, head, i0 + r, r, slot + r, first, run, most[r]);
     const int64_t from = run.begin / kPair<E>, to = lanes_of<E>(seen.end);
-    multiply<E>(rows, width / kF, me.weights + from, lds / kPair<E>, 1, me.values + from * width, width, to - from, me.out + slot * width,
-                width, !single);
+    const float* values = me.values + from * width;
+    if constexpr (std::is_same_v<S, float>) {
+      if (direct) values = at<S>(p.value, q.batch, head * p.G / p.H, q.first_column + first + from);
+    }
+    multiply<E>(rows, width / kF, me.weights + from, lds / kPair<E>, 1, values, direct ? p.value.row : width, to - from,
+                me.out + slot * width, width, !single);
   }
 
   // Outputs and lse of rows begin..end, whose state is at slot 0 and on.
@@ -198,7 +225,7 @@ struct ForwardPass {
       const Columns seen = seen_by(p, q, begin, end - 1);
       for (int64_t first = seen.begin / block * block; first < seen.end; first += block) {
         const int64_t count = first + block < q.columns ? block : q.columns - first;
-        pack(me, q, s, head * p.G / p.H, first, count);
+        if (!in_place(q)) pack(me, q, s, head * p.G / p.H, first, count);
         for (int64_t g = g0; g < next; ++g) {
           const int64_t i0 = share_begin(q.rows, all, g), i1 = share_begin(q.rows, all, g + 1);
           group(me, q, s, head, i0, i1, i0 - begin, first, count);
