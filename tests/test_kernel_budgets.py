@@ -191,6 +191,16 @@ def reads_rows_128(kernel: str, text: str) -> list[str]:
     return [] if "LDG.E.128" in text else ["no 128-bit loads from global memory"]
 
 
+def multiplies_from_shared_blocks(kernel: str, text: str) -> list[str]:
+    """Attention: keys as they are and values transposed, four 8x8 matrices at once, to tensor cores."""
+    faults = multiplies(kernel, text)
+    return faults + [f"no {name} of four matrices" for name in ("LDSM.16.M88.4", "LDSM.16.MT88.4") if name not in text]
+
+
+def uses_exp2(kernel: str, text: str) -> list[str]:
+    return [] if "MUFU.EX2" in text else ["exponentials must be the special function unit's own"]
+
+
 def copies_whole_pieces(kernel: str, text: str) -> list[str]:
     """dense_wgrad_tile<dtype, product, whether channels come in whole pieces of 16 bytes>"""
     return copies_asynchronously(kernel, text) if kernel.endswith("true>") else []
@@ -232,6 +242,8 @@ DESIGN: dict[str, list[Callable[[str, str], list[str]]]] = {
     "layer_norm_planes": [computes_in_float32],
     "layer_norm_planes_gradient": [computes_in_float32],
     "layer_norm_planes_sums": [computes_in_float32],
+    "attention_forward": [multiplies_from_shared_blocks, copies_asynchronously, reads_rows_128, uses_exp2],
+    "attention_blanks": [],
     "mlp_rows": [multiplies_in_registers, reads_shared_128, copies_asynchronously, reads_rows_128],
     "mlp_pack_pieces": [],
     "pointwise_tile": [multiplies_as_named, reads_rows_128, reads_shared_128, copies_asynchronously],
