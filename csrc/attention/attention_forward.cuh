@@ -84,10 +84,12 @@ PYOPS_DEVICE void query_units(const uint32_t (&q)[kSteps][4], int row0, float* u
   for (int half = 0; half < 2; ++half) {
     float squares = 0.f;
     PYOPS_UNROLL
-    for (int step = 0; step < kSteps; ++step) PYOPS_UNROLL
-    for (int i = half; i < 4; i += 2) {
-      const float low = to_float(T{static_cast<uint16_t>(q[step][i])}), high = to_float(T{static_cast<uint16_t>(q[step][i] >> 16)});
-      squares += low * low + high * high;
+    for (int step = 0; step < kSteps; ++step) {
+      PYOPS_UNROLL
+      for (int i = half; i < 4; i += 2) {
+        const float low = to_float(T{static_cast<uint16_t>(q[step][i])}), high = to_float(T{static_cast<uint16_t>(q[step][i] >> 16)});
+        squares += low * low + high * high;
+      }
     }
     squares = quad_sum(squares);
     if (lane % 4 == 0) units[row0 + lane / 4 + 8 * half] = 1.f / fmaxf(sqrtf(squares), 1e-12f);
@@ -273,6 +275,7 @@ void launch_forward(ForwardParams<Place> p, int64_t problems, int N, int M, cuda
   p.parts = std::max(ceil_div(units, kMostWarps), p.together == 1 ? std::clamp(limits.sm_count / blocks, 1, ceil_div(units, 4)) : 1);
   const int warps = ceil_div(units, p.parts);
   const int64_t grid = int64_t{blocks} * p.parts;
+  if (grid > INT32_MAX) throw std::runtime_error("attention: too many heads for one launch");
   size_t bytes = static_cast<size_t>(p.together) * p.problem_bytes;
   if (kQueriesWait<kHead>[Place::kWindows]) bytes += sizeof(uint4) * (kHead / 16) * kWarpSize * warps;
   const LaunchShape shape{dim3(static_cast<unsigned>(grid)), warps * kWarpSize, bytes};

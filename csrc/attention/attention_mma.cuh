@@ -27,12 +27,14 @@ PYOPS_DEVICE float quad_sum(float x) {
 PYOPS_DEVICE void quad_transpose(uint32_t (&w)[4]) {
   const int t = static_cast<int>(threadIdx.x) % 4;
   PYOPS_UNROLL
-  for (int bit = 1; bit <= 2; bit *= 2) PYOPS_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    uint32_t &low = w[bit == 1 ? 2 * i : i], &high = w[bit == 1 ? 2 * i + 1 : i + 2];
+  for (int bit = 1; bit <= 2; bit *= 2) {
     const bool upper = (t & bit) != 0;
-    const uint32_t came = __shfl_xor_sync(0xffffffffu, upper ? low : high, bit);
-    (upper ? low : high) = came;
+    PYOPS_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      uint32_t &low = w[bit == 1 ? 2 * i : i], &high = w[bit == 1 ? 2 * i + 1 : i + 2];
+      const uint32_t came = __shfl_xor_sync(0xffffffffu, upper ? low : high, bit);
+      (upper ? low : high) = came;
+    }
   }
 }
 
