@@ -29,15 +29,20 @@ Cut cut_for(const AttentionGradient& g) {
   BackwardParams<Sequences>& p = cut.params;
   p.sequences = static_cast<int>(a.S), p.key_heads = static_cast<int>(a.G), p.group = static_cast<int>(a.H / a.G);
   p.D = static_cast<int>(a.D), p.slots = p.copies = p.sequences;
-  const int M = std::max(1, static_cast<int>(a.M)), passes = ceil_div(M, kMostKeys<kD>);
-  p.keys = round_up(ceil_div(M, passes), kWarpKeys<kD>), p.key_rows = passes * p.keys;
   p.query_rows = round_up(static_cast<int>(a.N), kBlockRows);
+  const int M = std::max(1, static_cast<int>(a.M)), whole = round_up(M, kWarpKeys<kD>);
   if (g.grad_bias) {
     p.pitch = std::max(16, round_up(static_cast<int>(a.N), 16));
-    if (a.bias.sizes[0] == 1) {  // a block for many sequences, two for each SM to hide each other's waits
+    if (a.bias.sizes[0] == 1)  // a block for many sequences, two for each SM to hide each other's waits
       p.slots = p.copies = static_cast<int>(std::clamp<int64_t>(2 * device_limits().sm_count / a.G, 1, std::max<int64_t>(a.S, 1)));
-    }
-    p.sums_shared = p.group == 1 && p.key_rows <= kSharedSide && p.pitch <= kSharedSide;
+    p.sums_shared = p.group == 1 && whole <= kSharedSide && p.pitch <= kSharedSide;
+  }
+  int passes = ceil_div(M, kMostKeys<kD>);  // or more, where the GPU has less shared memory
+  for (;; ++passes) {
+    p.keys = round_up(ceil_div(M, passes), kWarpKeys<kD>), p.key_rows = passes * p.keys;
+    if (p.keys == kWarpKeys<kD> || backward_room<kD>(p).end <= device_limits().shared_bytes) break;
+  }
+  if (g.grad_bias) {
     cut.copy = a.H * p.key_rows * p.pitch, cut.shares = cut.copy * p.copies;
     cut.merged = a.bias.sizes[0] == 1 && p.copies > 1 ? cut.copy : 0;
   }

@@ -8,13 +8,28 @@
 #include "attention_sums.cuh"
 
 #include "../common/cuda_registry.h"
-#include "../conv/channel.cuh"
+#include "../conv/vectors.cuh"
 
 namespace pyops::attention {
 namespace {
 
 constexpr int kFoldThreads = 256;
 constexpr int kFewTerms = 16;  // up to which a thread has a result for itself
+
+struct MergeParams {
+  const float* shares;  // [slots, width]
+  float* to;
+  int64_t slots, width;
+};
+
+PYOPS_KERNEL(kFoldThreads)
+attention_merge_shares(MergeParams p) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kFoldThreads + threadIdx.x;
+  if (column >= p.width) return;
+  conv::Sum sum;
+  for (int64_t slot = 0; slot < p.slots; ++slot) sum.add(p.shares[slot * p.width + column]);
+  p.to[column] = sum.total;
+}
 
 struct FoldBiasParams {
   ScoreSums sums;
@@ -78,7 +93,11 @@ attention_fold_table(FoldTableParams p) {
 }  // namespace
 
 void merge_shares(const float* shares, float* to, int64_t slots, int64_t width, cudaStream_t stream) {
-  if (shares != to) conv::merge_sums(shares, to, 1, slots, width, stream);
+  if (shares == to) return;
+  const int64_t blocks = ceil_div(width, int64_t{kFoldThreads});
+  if (blocks > INT32_MAX) throw std::runtime_error("attention's gradient: too many sums for one launch");
+  const LaunchShape shape{dim3(static_cast<unsigned>(blocks)), kFoldThreads, 0};
+  launch("attention_merge_shares", attention_merge_shares, shape, stream, MergeParams{shares, to, slots, width});
 }
 
 void fold_bias(const AttentionGradient& g, const ScoreSums& sums, cudaStream_t stream) {
@@ -104,6 +123,7 @@ void fold_table(const WindowAttention& p, const ScoreSums& sums, cudaStream_t st
 }
 
 static const KernelRegistration registration({
+    {"attention_merge_shares", reinterpret_cast<const void*>(&attention_merge_shares)},
     {"attention_fold_bias", reinterpret_cast<const void*>(&attention_fold_bias)},
     {"attention_fold_table", reinterpret_cast<const void*>(&attention_fold_table)},
 });

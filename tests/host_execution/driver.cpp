@@ -1,6 +1,7 @@
 // C interface to the kernels, compiled for the host or for a GPU: what the tests call through ctypes.
 #include <cstdio>
 
+#include "../../csrc/attention/attention_backward_cuda.h"
 #include "../../csrc/attention/attention_cuda.h"
 #include "../../csrc/common/cuda_registry.h"
 #include "../../csrc/common/launch.cuh"
@@ -204,6 +205,22 @@ int host_attention(const attention::Attention* p, char* error, int error_bytes) 
 
 int host_window_attention(const attention::WindowAttention* p, char* error, int error_bytes) {
   return guarded(error, error_bytes, [&] { attention::window_attention_cuda(*p, nullptr); });
+}
+
+int host_attention_gradient_workspace(const attention::AttentionGradient* g, int64_t* bytes, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { *bytes = static_cast<int64_t>(attention::attention_gradient_workspace(*g)); });
+}
+
+int host_attention_gradient(const attention::AttentionGradient* g, void* workspace, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { attention::attention_gradient_cuda(*g, workspace, nullptr); });
+}
+
+int host_window_attention_gradient_workspace(const attention::WindowAttention* p, int64_t* bytes, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { *bytes = static_cast<int64_t>(attention::window_attention_gradient_workspace(*p)); });
+}
+
+int host_window_attention_gradient(const attention::WindowAttention* p, void* workspace, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { attention::window_attention_gradient_cuda(*p, workspace, nullptr); });
 }
 
 // The names, one per line, of kernels that were launched on the host and are not in the registry. Returns the text's length.
