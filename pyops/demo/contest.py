@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +16,6 @@ from pyops.testing import relative_error, within_gate
 DRAWS = 12  # batches in the comparison on the same weights
 SCORES, TRAINING_SCORES = "scores in inference", "scores in training"
 Kind = Callable[[nn.Module, str], str]  # in a few words, which kind of parameter one of this name is
-
-
-def optimizer(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
-    """Fused, since for so many small parameters the one-by-one update would take a good part of the time compared. The large eps is for
-    biases without an effect (in front of a batch norm, of attention's keys): their gradient is zero but for rounding, which Adam would
-    blow up to full steps."""
-    return torch.optim.Adam(parameters, learning_rate, eps=1e-4, fused=True)
 
 
 def run(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyops.nn import _mlp
 from pyops.nn._derived import Derived, Keeps, has_hooks, is_plain
 from pyops.nn.conv import DropPath, can_fold
-from pyops.nn.linear import BlockLinear, LinearAct
+from pyops.nn.linear import BlockLinear
 from pyops.ops import _window_attention_ops
 from pyops.ops.window_attention import window_attention
 
@@ -139,7 +139,7 @@ class ShiftedWindowAttentionV2(Keeps, ShiftedWindowAttention):
     def forward(self, input: Tensor) -> Tensor:
         table, bias = self._terms(input)
         layer: Any = self.qkv
-        qkv = layer.run(input, bias) if isinstance(layer, LinearAct) else F.linear(input, layer.weight, bias)
+        qkv = layer(input, bias=bias) if isinstance(layer, BlockLinear) else F.linear(input, layer.weight, bias)
         return self._attend(qkv, bias, table, self.logit_scale)
 
     def _terms(self, input: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -54,7 +54,7 @@ class _Layer(Keeps):
             return None
         if _backends.requested(None) not in ("auto", "cpu"):  # linear_act has no other kernel
             return None
-        return run_kept(self._kept[name], layer, x, layer.bias, None, activation, None)
+        return run_kept(self._kept[name], layer, x, None, activation, None)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         activation = self._activation_name()
