@@ -1,11 +1,11 @@
 // Attention's forward pass for short sequences and for windows: output = dropout(softmax(scores)) value, and lse.
 //
-// A block has one head of a sequence or window, or several where they have few rows, or a part of one's rows where there are fewer
-// heads than SMs. Keys and values are in shared memory as they are, copied once (attention_mma.cuh: no bank conflicts). A warp has 16
-// queries in registers, and walks their keys 64 (or 32) at a time in tiles of 8, none beyond the last that a query sees: products,
-// scores, the running maximum and sum of each row, which lie in four lanes, and exp2; the weights, in the layout of mma's accumulators,
-// become the left operand of the product with the values without leaving the lane. 64 keys or fewer are one pass, nothing is rescaled.
-// Rows come and go in pieces of 16 bytes, which a quad turns to operands and back by shuffles.
+// A block has the queries of one head of a sequence or window, 16 a warp; those of several heads where they have few; or a part of one's,
+// where these are more than its warps or heads are fewer than SMs. Keys and values are in shared memory as they are, copied once
+// (attention_mma.cuh: no bank conflicts). A warp walks its keys 64 (or 32) at a time in tiles of 8, none beyond the last that a query
+// sees: products, scores, the running maximum and sum of each row, which lie in four lanes, and exp2; the weights, in the layout of mma's
+// accumulators, become the left operand of the product with the values without leaving the lane. Sums are rescaled where a maximum has
+// risen, after the first keys. Rows come and go in pieces of 16 bytes, which a quad turns to operands and back by shuffles.
 //
 // Floors: query, key, value and output once over memory bandwidth; 4 * N * M * D flops and N * M exponentials a head.
 #pragma once
