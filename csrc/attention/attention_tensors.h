@@ -52,7 +52,8 @@ struct AttentionCall {
                           spans_->size(1) == 4 && (p.B == 1 || spans_->size(0) == p.B),
                       "spans: expected int32 [S, 4] on query's device, S the batch or any number for a batch of one");
       spans = as_contiguous(spans_);
-      p.spans = static_cast<const int32_t*>(spans->const_data_ptr()), p.S = spans->size(0);
+      static const int32_t none[4]{};  // an empty tensor's pointer may be null
+      p.S = spans->size(0), p.spans = p.S > 0 ? static_cast<const int32_t*>(spans->const_data_ptr()) : none;
     }
     if (slopes_.has_value()) {
       STD_TORCH_CHECK(slopes_->dim() == 2 && (slopes_->size(0) == 1 || slopes_->size(0) == p.S), "slopes: expected [1 or S, H]");

@@ -34,6 +34,8 @@ def prepare(
         spans = _padded_spans(op, query_lengths, key_lengths, B, N, M, query)
     sequences = B if spans is None else spans.shape[0]
     bias = _bias(op, attn_bias, query, sequences, H, None if ragged else (N, M))
+    if ragged and bias is not None and sequences and _readable(cu_seqlens_q):
+        _check_ragged_bias(op, bias, spans)
     slopes = _slopes(op, alibi_slopes, query, sequences, H)
     options = _options(op, is_causal, scale, window, softcap, dropout_p, D)
     return make(query, key, value, bias, slopes, spans, as_seed(op, seed, query), options)
@@ -154,6 +156,12 @@ def _bias(op: str, bias, query: Tensor, sequences: int, H: int, extent: tuple[in
     if any(size not in (1, most) for size, most in zip(found.shape, wanted, strict=True) if not isinstance(most, str)):
         raise ValueError(f"{op}: attn_bias: expected a shape that broadcasts to {wanted}, got {tuple(bias.shape)}")
     return found
+
+
+def _check_ragged_bias(op: str, bias: Tensor, spans) -> None:
+    rows, columns = int(spans[:, 1].max()), int(spans[:, 3].max())
+    if any(size != 1 and size < longest for size, longest in zip(bias.shape[2:], (rows, columns), strict=True)):
+        raise ValueError(f"{op}: attn_bias: expected {rows} x {columns} or larger for the longest sequences, got shape {tuple(bias.shape)}")
 
 
 def _slopes(op: str, slopes, query: Tensor, sequences: int, H: int) -> Tensor | None:

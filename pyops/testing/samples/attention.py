@@ -183,6 +183,8 @@ ERRORS = (
           **_RAGGED),
     _case("starts_lengths", ValueError, "key_lengths: expected None beside cu_seqlens_q", cu_seqlens_q=_i([0, 17]),
           **_RAGGED, key_lengths=_i([17])),
+    _case("ragged_bias", ValueError, r"attn_bias: expected 9 x 9 or larger for the longest sequences, got shape \(1, 1, 8, 9\)",
+          cu_seqlens_q=_i([0, 8, 17]), attn_bias=_z(8, 9), **_RAGGED),
     _case("backend_device", ValueError, "backend 'cuda' cannot run this call: it needs CUDA tensors", backend="cuda"),
     _case("vendor_softcap", ValueError, "backend 'vendor' cannot run this call: it has no soft cap", softcap=1.0, backend="vendor"),
 )  # fmt: skip
