@@ -36,6 +36,13 @@ SOME = {  # of their samples those whose names begin so: what the tests of their
     "local_response_norm": ("",),
     "layer_norm_2d": ("",),
 }
+BOTH = {  # likewise, in f32 and bf16: each way through attention's kernels
+    "flash_attention": (
+        "lengths_reverse", "lengths_bias", "causal_more", "window_left", "bias_columns", "mask", "softcap", "alibi", "dropout",
+        "ragged_cross", "ragged_bias", "column_major", "head_72", "one_key",
+    ),
+    "window_attention": ("odd", "no_table", "cosine", "dropout", "one_token", "large_window"),
+}  # fmt: skip
 
 IDS = (
     *(
@@ -48,6 +55,7 @@ IDS = (
     *(f"check-{cell}-{name}" for cell in CELLS for name in CHECKS),
     *(f"public-{public}-{dtype}" for public in PUBLIC for dtype in ("f32", "bf16")),
     *(f"public-{public}-f32" for public in SOME),
+    *(f"public-{public}-{dtype}" for public in BOTH for dtype in ("f32", "bf16")),
 )
 
 
@@ -235,7 +243,7 @@ def public(name: str, dtype: torch.dtype) -> str | None:
         map_ = lambda v: wanted(v) if isinstance(v, torch.Tensor) else tuple(map(map_, v)) if isinstance(v, tuple) else v  # noqa: E731
         floating = {key: t for key, t in kwargs.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
         args, floating = map_(args), {key: map_(t) for key, t in floating.items()}
-        buffers = {key: t.detach() for key, t in floating.items() if key.startswith("running_")}  # these have no gradient
+        buffers = {key: t.detach() for key, t in floating.items() if key.startswith(("running_", "alibi_"))}  # these have no gradient
         outputs = leaves(SPECS[name].public(*args, **kwargs | floating | buffers, backend=backend))
         inputs = leaves(args) + [t for key, t in floating.items() if key not in buffers]
         grads = torch.autograd.grad([y.sum() for y in outputs], inputs, allow_unused=True)
@@ -250,7 +258,7 @@ def public(name: str, dtype: torch.dtype) -> str | None:
     for sample in SPECS[name].samples:
         args, kwargs = sample.make(dtype, "cpu", 0)
         rows = dict(_backends.explain(name, *args, **kwargs, backend="triton").rows)
-        if not sample.id.startswith(SOME.get(name, ("",))) or not sample.test or rows["triton"].startswith("cannot"):
+        if not sample.id.startswith((SOME | BOTH).get(name, ("",))) or not sample.test or rows["triton"].startswith("cannot"):
             continue
         draws = []
         for first, last in ((0, 1), (1, 12)):  # one that misses may be unlucky: then more are taken together

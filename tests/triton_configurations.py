@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # this file runs as a script too
+import triton_attention
 import triton_channel
 import triton_channel_norms
 import triton_dense
@@ -20,7 +21,7 @@ import triton_mlp
 import triton_pointwise
 import triton_pool
 
-OTHERS = (triton_pool, triton_channel_norms, triton_mlp)
+OTHERS = (triton_pool, triton_channel_norms, triton_mlp, triton_attention)
 ARCHITECTURES = {"sm_80": 80, "sm_90a": 90}
 DTYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}  # Triton's names
 TORCH = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}

@@ -335,11 +335,12 @@ def _grad_bias(grad_bias: Tensor, given: dict, tensors: dict[str, Tensor]) -> No
 
 def launch_config(kernel, N: int, M: int, D: int, dtype: torch.dtype) -> dict[str, int | str]:
     """Compile-time tile: fixed by sizes and dtype, so that a call has one binary and one result."""
-    multiplied, of_rows = precision(dtype), kernel is grad_query_kernel
+    multiplied, of_rows, stages = precision(dtype), kernel is grad_query_kernel, 2
     if dtype == torch.float32 and multiplied == "ieee":
-        rows, columns, warps = 32, 32, 8
+        rows, columns, warps, stages = 32, 32 if D <= 128 else 16, 8, 3 if D <= 64 else 2 if D <= 128 else 1
     elif D <= 64:
         rows, columns, warps = (64, 32, 4) if of_rows else (32, 64, 4)
     else:
         rows, columns, warps = ((64, 64, 8) if of_rows else (32, 64, 8)) if D <= 128 else (32, 32, 8)
-    return {"PRECISION": multiplied, "BLOCK_M": block_of(N, rows), "BLOCK_N": block_of(M, columns), "num_warps": warps, "num_stages": 2}
+    blocks = {"BLOCK_M": block_of(N, rows), "BLOCK_N": block_of(M, columns)}
+    return {"PRECISION": multiplied, **blocks, "num_warps": warps, "num_stages": stages}
