@@ -33,6 +33,7 @@ ARCHITECTURES = list(configurations.ARCHITECTURES)
 SPILLS_UNALIGNED = 128
 # The 1x1 convolution with every option at once: none by the table's compiler, up to 176 by Triton 3.6.
 SPILLS_FUSED = 192
+SPILLS_WINDOW = 16  # of window attention's gradient on sm_80, which keeps two tiles of scores from window to window: 8, whatever its warps
 SHARED_SLACK = 2048  # sums exchanged between warps, bytes: up to 1536 more by Triton 3.6
 
 
@@ -132,7 +133,8 @@ def test_what_the_other_designs_promise(rows, family):
     found, multiplies = [row for row in rows if family.FAMILY in row], family.FAMILY in ("mlp", "attention")
     assert len(found) == len(ARCHITECTURES) * len(family.configurations())
     for row in found:
-        assert row["costs"]["spill_bytes"] <= (0 if is_the_tables_compiler() else SPILLS_FUSED), row
+        spills = SPILLS_WINDOW if row.get("attention") == "rows" and row["arch"] == "sm_80" else 0
+        assert row["costs"]["spill_bytes"] <= (spills if is_the_tables_compiler() else SPILLS_FUSED), row
         wide = row["loads_128"] or (multiplies and row["copies_128"])  # a loop's tiles are copied to shared memory
         assert row["tensor_cores"] == (multiplies and row["dtype"] != "f32") and (wide or not row["aligned"]), row
         # eight warps of the MLP keep 256 sums a row, those of attention its tiles

@@ -136,7 +136,7 @@ def launch_config(N: int, M: int, D: int, dtype: torch.dtype) -> dict[str, int |
     """Compile-time tile: fixed by sizes and dtype, so that a call has one binary and one result."""
     multiplied = precision(dtype)
     if dtype == torch.float32 and multiplied == "ieee":
-        rows, columns, warps = (64, 32, 8) if D <= 128 else (32, 32, 8)
+        rows, columns, warps = (64, 32, 8) if D <= 64 else (32, 32, 8) if D <= 128 else (16, 16, 8)
     else:
         rows, columns, warps = (128, 64 if D <= 64 else 32, 8) if D <= 128 else (64, 32, 8)
     rows = block_of(N, rows)

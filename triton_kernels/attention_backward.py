@@ -337,7 +337,7 @@ def launch_config(kernel, N: int, M: int, D: int, dtype: torch.dtype) -> dict[st
     """Compile-time tile: fixed by sizes and dtype, so that a call has one binary and one result."""
     multiplied, of_rows, stages = precision(dtype), kernel is grad_query_kernel, 2
     if dtype == torch.float32 and multiplied == "ieee":
-        rows, columns, warps, stages = 32, 32 if D <= 128 else 16, 8, 3 if D <= 64 else 2 if D <= 128 else 1
+        rows, columns, warps, stages = (32, 32, 8, 3 if D <= 64 else 2) if D <= 128 else (16, 16, 8, 2)
     elif D <= 64:
         rows, columns, warps = (64, 32, 4) if of_rows else (32, 64, 4)
     else:

@@ -72,19 +72,19 @@ def inverse_norm(x, COSINE: tl.constexpr):
 
 @triton.jit
 def relative(table_ptr, t, u, h, heads, WH: tl.constexpr, WW: tl.constexpr):
-    """The table's values, in units of log 2; zeros without one.  # [tokens t, tokens u]"""
+    """The table's values, in units of log 2, zeros without one; -inf for keys that fill up a block.  # [tokens t, tokens u]"""
     t, u = t[:, None], u[None, :]
-    if table_ptr is None:
-        return (t * u * 0).to(tl.float32)
-    else:
+    bias = (t * u * 0).to(tl.float32)
+    if table_ptr is not None:
         index = (t // WW - u // WW + WH - 1) * (2 * WW - 1) + t % WW - u % WW + WW - 1
-        return tl.load(table_ptr + index * heads + h, mask=(t < WH * WW) & (u < WH * WW), other=0.0) * LOG2E
+        bias = tl.load(table_ptr + index * heads + h, mask=(t < WH * WW) & (u < WH * WW), other=0.0) * LOG2E
+    return tl.where(u < WH * WW, bias, float("-inf"))
 
 
 @triton.jit
 def window_scores(
-    q, k, rq, rk, factor, bias, region_t, region_u, u,
-    COSINE: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    q, k, rq, rk, factor, bias, region_t, region_u,
+    COSINE: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(scores in units of log 2, what `factor` multiplies)  # [BLOCK, BLOCK]"""
     x = add_product(q, tl.trans(k), tl.zeros([BLOCK, BLOCK], tl.float32), PRECISION)
@@ -93,7 +93,7 @@ def window_scores(
     s = x * (factor * LOG2E) + bias
     if SHIFTED:
         s = tl.where(region_t[:, None] != region_u[None, :], s - MASKED, s)
-    return tl.where(u[None, :] < N, s, float("-inf")), x
+    return s, x
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def forward_kernel(
             if not ONE:
                 bias = relative(table_ptr, t, u, h, heads, WH, WW)
             rk = inverse_norm(k, COSINE)
-            s = window_scores(q, k, rq, rk, factor, bias, region, region_u, u, COSINE, SHIFTED, PRECISION, N, BLOCK)[0]
+            s = window_scores(q, k, rq, rk, factor, bias, region, region_u, COSINE, SHIFTED, PRECISION, BLOCK)[0]
             above = tl.maximum(most, tl.max(s, axis=1))  # every token sees the first block's
             shrink, p = tl.exp2(most - above), tl.exp2(s - above[:, None])
             total = total * shrink + tl.sum(p, axis=1)

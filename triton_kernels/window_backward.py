@@ -88,11 +88,11 @@ def load_grad(grad_ptr, pixel, real, h, heads, D: tl.constexpr, BLOCK_D: tl.cons
 
 @triton.jit
 def weights(
-    q, k, v, g, rq, rk, factor, bias, region_t, region_u, u, lse, seed_ptr, window, h, row, column, threshold, rescale,
-    COSINE: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    q, k, v, g, rq, rk, factor, bias, region_t, region_u, lse, seed_ptr, window, h, row, column, threshold, rescale,
+    COSINE: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(p, what dropout leaves of it but for its factor, dp, what `factor` multiplies)  # [BLOCK, BLOCK]"""
-    s, x = window_scores(q, k, rq, rk, factor, bias, region_t, region_u, u, COSINE, SHIFTED, PRECISION, N, BLOCK)
+    s, x = window_scores(q, k, rq, rk, factor, bias, region_t, region_u, COSINE, SHIFTED, PRECISION, BLOCK)
     p = tl.exp2(s - lse[:, None])
     dp = add_product(g, tl.trans(v), tl.zeros([BLOCK, BLOCK], tl.float32), PRECISION)
     if seed_ptr is None:
@@ -143,8 +143,8 @@ def rows_kernel(
             v = load_tokens(qkv_ptr, qkv_bias_ptr, pixel, real, t < N, 2 * heads + h, heads, PADS, D, BLOCK_D)
             rk = inverse_norm(k, COSINE)
             p, dropped, dp, x = weights(
-                q, k, v, g, rq, rk, factor, bias, region, region, t, lse, seed_ptr, window, h, 0, 0, threshold, rescale,
-                COSINE, SHIFTED, PRECISION, N, BLOCK,
+                q, k, v, g, rq, rk, factor, bias, region, region, lse, seed_ptr, window, h, 0, 0, threshold, rescale,
+                COSINE, SHIFTED, PRECISION, BLOCK,
             )  # fmt: skip
             ds = p * (dp - mean_of(tl.sum(p * dp, axis=1), tl.sum(p, axis=1))[:, None])
             if N == 1:  # one key's weight is one whatever its score
@@ -173,8 +173,8 @@ def rows_kernel(
                 v = load_tokens(qkv_ptr, qkv_bias_ptr, other, there, u < N, 2 * heads + h, heads, PADS, D, BLOCK_D)
                 rk = inverse_norm(k, COSINE)
                 p, _dropped, dp, _x = weights(
-                    q, k, v, g, rq, rk, factor, relative(table_ptr, t, u, h, heads, WH, WW), region, region_u, u, lse, seed_ptr, window, h,
-                    block * BLOCK, start, threshold, rescale, COSINE, SHIFTED, PRECISION, N, BLOCK,
+                    q, k, v, g, rq, rk, factor, relative(table_ptr, t, u, h, heads, WH, WW), region, region_u, lse, seed_ptr, window, h,
+                    block * BLOCK, start, threshold, rescale, COSINE, SHIFTED, PRECISION, BLOCK,
                 )  # fmt: skip
                 if step < BLOCKS:
                     delta, total = delta + tl.sum(p * dp, axis=1), total + tl.sum(p, axis=1)
@@ -222,9 +222,9 @@ def columns_kernel(
             g = load_grad(grad_ptr, other, there, h, heads, D, BLOCK_D)
             rq = inverse_norm(q, COSINE)
             p, dropped, dp = weights(
-                q, k, v, g, rq, rk, factor, relative(table_ptr, t, u, h, heads, WH, WW), region, region_u, u,
+                q, k, v, g, rq, rk, factor, relative(table_ptr, t, u, h, heads, WH, WW), region, region_u,
                 load_lse(lse_ptr + flat + t, t < N), seed_ptr, window, h, start, block * BLOCK, threshold, rescale,
-                COSINE, SHIFTED, PRECISION, N, BLOCK,
+                COSINE, SHIFTED, PRECISION, BLOCK,
             )[:3]  # fmt: skip
             dv = add_piece(dv, tl.trans(rounded(dropped, g.dtype)), g, PRECISION)
             delta = tl.load(delta_ptr + flat + t, mask=t < N, other=0.0)
@@ -264,8 +264,8 @@ def scores_kernel(
         g = load_grad(grad_ptr, pixel, real, h, heads, D, BLOCK_D)
         flat = (h + window * heads).to(tl.int64) * N
         p, _dropped, dp, x = weights(
-            q, k, v, g, inverse_norm(q, COSINE), inverse_norm(k, COSINE), factor, bias, region, region_u, u,
-            load_lse(lse_ptr + flat + t, t < N), seed_ptr, window, h, row, column, threshold, rescale, COSINE, SHIFTED, PRECISION, N, BLOCK,
+            q, k, v, g, inverse_norm(q, COSINE), inverse_norm(k, COSINE), factor, bias, region, region_u,
+            load_lse(lse_ptr + flat + t, t < N), seed_ptr, window, h, row, column, threshold, rescale, COSINE, SHIFTED, PRECISION, BLOCK,
         )  # fmt: skip
         ds = p * (dp - tl.load(delta_ptr + flat + t, mask=t < N, other=0.0)[:, None])
         table += ds
