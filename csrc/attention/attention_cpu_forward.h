@@ -127,9 +127,11 @@ struct ForwardPass {
         store(x + c, v), most = larger(v, most);
       }
     };
-    if constexpr (kPlain) {
-      masked(round_up(seen.begin, kF) < run.end ? round_up(seen.begin, kF) : run.end);
-      for (; c + kF <= seen.end; c += kF) most = larger(load(x + c), most);
+    masked(round_up(seen.begin, kF) < run.end ? round_up(seen.begin, kF) : run.end);
+    for (; c + kF <= seen.end; c += kF) {
+      vf v = load(x + c);
+      if constexpr (!kPlain) store(x + c, v = score(v, first + c, unused));
+      most = larger(v, most);
     }
     masked(run.end);
     return max_lane(most) * (kPlain ? p.scale : 1.f);
