@@ -42,6 +42,9 @@ PYOPS_DEVICE int fresh_lane() {
   return __shfl_sync(0xffffffffu, lane, lane);
 }
 
+// The same of a number that a warp's lanes share.
+PYOPS_DEVICE int fresh(int shared_by_all) { return __shfl_sync(0xffffffffu, shared_by_all, 0); }
+
 template <int kD>
 PYOPS_DEVICE void clear(KeySums<kD>& sums) {
   PYOPS_UNROLL
@@ -110,7 +113,7 @@ PYOPS_DEVICE void put_pair(const Tile& tile, int row, int column, float low, flo
 // The warp's ds of 16 rows into their tile [keys, kBlockRows].
 template <int kD>
 PYOPS_DEVICE void put_scores(const Tile& to, int key, int row, const KeyOperand<kD>& ds) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
+  const int lane = fresh_lane(), g = lane / 4, t = lane % 4;
   PYOPS_UNROLL
   for (int tile = 0; tile < kKeyTiles<kD>; ++tile)
     PYOPS_UNROLL
@@ -128,9 +131,9 @@ struct Partial {
 template <class T, int kD>
 PYOPS_DEVICE void query_gradients(const Blocks& ds, const Blocks& keys, int m, int rows, int D, float scale, const Tile& to, int to_row,
                                   const Partial& partial) {
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warps = static_cast<int>(blockDim.x) / kWarpSize;
+  const int lane = fresh_lane(), warps = static_cast<int>(blockDim.x) / kWarpSize;
   PYOPS_NO_UNROLL
-  for (int unit = thread / kWarpSize; unit < kRowSteps * (kD / 16); unit += warps) {
+  for (int unit = static_cast<int>(threadIdx.x) / kWarpSize; unit < kRowSteps * (kD / 16); unit += warps) {
     const int block = unit / (kD / 16), step = unit % (kD / 16);
     if (16 * block >= rows || 16 * step >= D) continue;
     float sum[2][4] = {};

@@ -146,7 +146,7 @@ PYOPS_KERNEL(kBackwardWarps<kD>* kWarpSize)
 attention_backward(BackwardParams<Source> p) {
   constexpr bool kWindows = Source::kWindows;
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), lane = thread % kWarpSize;
-  const int warp = thread / kWarpSize, warps = threads / kWarpSize, g = lane / 4, t = lane % 4, own = warp * kWarpKeys<kD>;
+  const int warp = thread / kWarpSize, warps = threads / kWarpSize, own = warp * kWarpKeys<kD>;
   const int slot = static_cast<int>(blockIdx.x), key_head = static_cast<int>(blockIdx.y);
   const int heads = p.key_heads * p.group, D = p.D;
   using Fixed = FixedRoom<kD, kWindows>;
@@ -202,25 +202,31 @@ attention_backward(BackwardParams<Source> p) {
       else return nullptr;
     };
     const int total = ceil_div(a.n, kBlockRows) * p.group;
-    int next = 0, next_head = key_head * p.group, next_first = 0;  // the block of rows to copy: its number, head and first row
-    float2 ahead{};                                                // of a row: lse, and what delta is less by
-    const auto copy = [&] {
+    [[maybe_unused]] const auto anew = [&] {
+      if constexpr (kWindows) return p.in.at(fresh(sequence) * heads + key_head, a.shared);
+    };
+    int first = -kBlockRows;  // of the current block of rows
+    float2 ahead{};           // of a row of the next: lse, and what delta is less by
+    const auto copy = [&](int next) {
       ahead = {-kMinusInfinity, 0.f};  // a row that sees nothing: exp(x - inf) = 0
       if (next < total) {
-        const int to = next % 2 * kBlockRows, count = a.n - next_first < kBlockRows ? a.n - next_first : kBlockRows;
+        const int next_first = first + kBlockRows < a.n ? first + kBlockRows : 0, to = next % 2 * kBlockRows;
+        const int count = a.n - next_first < kBlockRows ? a.n - next_first : kBlockRows;
         const auto copy_to = [&](const Tile& tile, const Rows<T>& rows) {
           copy_rows<T, kD>(from_row(tile, to), from_row(rows, next_first), count, kBlockRows, D);
         };
         int64_t at;
         if constexpr (kWindows) {
-          copy_to(query_tile, p.in.template query<T>(a));
-          copy_to(grad_tile, p.in.template rows<T>(p.out.grad, a, 0, 1, nullptr));
-          at = (static_cast<int64_t>(a.sequence) * heads + a.head) * a.n + next_first;
+          const auto of = anew();
+          copy_to(query_tile, p.in.template query<T>(of));
+          copy_to(grad_tile, p.in.template rows<T>(p.out.grad, of, 0, 1, nullptr));
+          at = (static_cast<int64_t>(of.sequence) * heads + key_head) * a.n + next_first;
         } else {
-          copy_to(query_tile, p.in.template rows<T>(p.in.q, a.batch, next_head, a.row));
-          copy_to(grad_tile, p.in.template rows<T>(p.out.grad, a.batch, next_head, a.row));
-          copy_to(output_tile, p.in.template rows<T>(p.in.y, a.batch, next_head, a.row));
-          at = (static_cast<int64_t>(a.batch) * heads + next_head) * p.in.N + a.row + next_first;
+          const int head = next_first == 0 && next > 0 ? a.head + 1 : a.head;
+          copy_to(query_tile, p.in.template rows<T>(p.in.q, a.batch, head, a.row));
+          copy_to(grad_tile, p.in.template rows<T>(p.out.grad, a.batch, head, a.row));
+          copy_to(output_tile, p.in.template rows<T>(p.in.y, a.batch, head, a.row));
+          at = (static_cast<int64_t>(a.batch) * heads + head) * p.in.N + a.row + next_first;
         }
         if (thread < count) {
           const float lse = p.in.sums[at + thread];
@@ -230,14 +236,11 @@ attention_backward(BackwardParams<Source> p) {
         }
       }
       ptx::cp_async_commit();
-      ++next, next_first += kBlockRows;
-      if (next_first >= a.n) next_first = 0, ++next_head;
     };
     const auto put_ahead = [&] {
       if (thread < kBlockRows) row_lse[thread] = ahead.x, row_less[thread] = ahead.y;
     };
 
-    int first = -kBlockRows;
     PYOPS_NO_UNROLL
     for (int i = -1; i < total; ++i) {
       if (i >= 0) {
@@ -247,7 +250,7 @@ attention_backward(BackwardParams<Source> p) {
         ptx::cp_async_wait<0>();
         __syncthreads();  // the rows have come, and the block before has been written
       }
-      copy();
+      copy(i + 1);
       if (i < 0) {
         put_ahead();
         continue;
@@ -307,6 +310,7 @@ attention_backward(BackwardParams<Source> p) {
               PYOPS_UNROLL
               for (int e = 0; e < 4; ++e) sum[half][e % 2] += w[e] * dp[e];
             });
+          const int now = fresh_lane(), g = now / 4, t = now % 4;
           PYOPS_UNROLL
           for (int e = 0; e < 4; ++e) {
             float value = sum[e / 2][e % 2];
@@ -401,7 +405,7 @@ attention_backward(BackwardParams<Source> p) {
       __syncthreads();
       if (!partial.last) continue;
       const auto to = [&] {
-        if constexpr (kWindows) return p.in.template rows<T>(p.out.grad_qkv, a, 0, 3, nullptr);
+        if constexpr (kWindows) return p.in.template rows<T>(p.out.grad_qkv, anew(), 0, 3, nullptr);
         else return p.in.template rows<T>(p.out.grad_query, a.batch, a.head, a.row);
       }();
       const int count = a.n - first < kBlockRows ? a.n - first : kBlockRows;
@@ -414,7 +418,7 @@ attention_backward(BackwardParams<Source> p) {
     const int count = a.m - base - own;
     const auto write = [&](const KeySums<kD>& sums, float factor, int part, const float* units, float* beyond) {
       const auto to = [&] {
-        if constexpr (kWindows) return p.in.template rows<T>(p.out.grad_qkv, a, part, 3, nullptr);
+        if constexpr (kWindows) return p.in.template rows<T>(p.out.grad_qkv, anew(), part, 3, nullptr);
         else return p.in.template rows<T>(part == 1 ? p.out.grad_key : p.out.grad_value, a.batch, key_head, a.column);
       }();
       put_sums<T, kD>(value_tile, own, sums, factor);
