@@ -1,6 +1,6 @@
 // The gradients of attention of short sequences (attention_backward_kernel.cuh), and of the bias.
-#include "attention_backward_kernel.cuh"
 #include "attention_backward_cuda.h"
+#include "attention_backward_kernel.cuh"
 #include "attention_cuda.h"
 #include "attention_sums.cuh"
 
@@ -50,9 +50,7 @@ Cut cut_for(const AttentionGradient& g) {
   return cut;
 }
 
-Cut cut_of(const AttentionGradient& g) {
-  return g.forward.D <= 32 ? cut_for<32>(g) : g.forward.D <= 64 ? cut_for<64>(g) : cut_for<128>(g);
-}
+Cut cut_of(const AttentionGradient& g) { return g.forward.D <= 32 ? cut_for<32>(g) : g.forward.D <= 64 ? cut_for<64>(g) : cut_for<128>(g); }
 
 }  // namespace
 

@@ -9,137 +9,10 @@
 //
 // Floors: query, key, value, grad and output read once, three gradients written once; 10 * n * m * D flops (windows: 14).
 #pragma once
-#include <algorithm>
-#include <type_traits>
-
 #include "../common/cuda_registry.h"
 #include "attention_backward.cuh"
 
 namespace pyops::attention {
-
-struct SequenceGradients {
-  Layout grad, grad_query, grad_key, grad_value;
-  const float* grad_lse;  // [B, H, N] or null
-};
-
-struct WindowGradients {
-  const void* grad;  // [B, H, W, C]
-  void* grad_qkv;    // [B, H, W, 3C]
-  float* logits;     // partial sums [slots, heads] or null
-  float* beyond;     // of the tokens beyond the map [slots, 3C] or null
-};
-
-constexpr int kSharedSide = 64, kSharedPitch = kSharedSide + 8;  // sums in shared memory; the pitch keeps lanes' pairs in different banks
-
-// Where in shared memory a block keeps what, in bytes: what has a place of its own whatever the sizes, so that addresses are known, ...
-template <int kD, bool kWindows>
-struct FixedRoom {
-  static constexpr int kRow = kChunks<kD> * 16, kStages = 2 * kBlockRows * kRow, kFloats = kBlockRows * 4;
-  static constexpr int kQuery = 0, kGrad = kStages, kOutput = 2 * kStages;  // tiles of two blocks of rows each
-  static constexpr int kLse = (kWindows ? 2 : 3) * kStages, kLess = kLse + kFloats, kDelta = kLess + kFloats;
-  static constexpr int kShares = kDelta + kFloats, kKey = kShares + (kWindows ? kBackwardWarps<kD> * kFloats : 0);  // of delta, a warp's
-};
-// ... and what has not.
-struct BackwardRoom {
-  int value, ds;               // tiles [keys, kD], [keys, kBlockRows]
-  int beyond, sums, own, end;  // of windows [warps, 2, kD] floats; own: theirs
-};
-
-template <class Source>
-struct BackwardParams {
-  Source in;
-  std::conditional_t<Source::kWindows, WindowGradients, SequenceGradients> out;
-  Dropout dropout;
-  BackwardRoom room;
-  int sequences, slots, key_heads, group, D;
-  int keys;          // a block's, at a time
-  int key_rows;      // a multiple of keys, at least a sequence's
-  float* partial;    // of the queries' gradients [slots, heads, query_rows, kD], where keys take several passes; else null
-  int query_rows;    // whole blocks of rows
-  float* sums;       // of ds [copies, heads, key_rows, pitch], zeroed where not in shared memory; null: not wanted
-  int copies;        // slots; or sequences, where each has its own
-  int pitch;         // of a key's sums, at least the queries
-  bool sums_shared;  // one head a block, and few keys and queries
-};
-
-template <int kD, class Source>
-BackwardRoom backward_room(const BackwardParams<Source>& p) {
-  using Fixed = FixedRoom<kD, Source::kWindows>;
-  BackwardRoom room{};
-  room.value = Fixed::kKey + p.keys * Fixed::kRow, room.ds = room.value + p.keys * Fixed::kRow;
-  room.beyond = room.ds + p.keys * kRowChunks * 16;
-  room.sums = room.beyond + (Source::kWindows ? p.keys / kWarpKeys<kD> * 2 * kD * 4 : 0);
-  room.own = room.end = room.sums + (p.sums_shared ? kSharedSide * kSharedPitch * 4 : 0);
-  if constexpr (Source::kWindows) room.end += p.in.shared_bytes();
-  return room;
-}
-
-// From row `first` on.
-template <class T>
-PYOPS_DEVICE Rows<T> from_row(Rows<T> rows, int first) {
-  if (rows.tokens) rows.tokens += first;
-  else rows.data += first * rows.step;
-  return rows;
-}
-PYOPS_DEVICE Tile from_row(Tile tile, int first) {  // a multiple of eight
-  tile.pieces += first * tile.chunks;
-  return tile;
-}
-
-// 1 / max(|row|, 1e-12), and what becomes of a gradient along the row: F.normalize's own.
-constexpr float kLargestUnit = 1e12f;
-template <class T>
-PYOPS_DEVICE float unit_of(const Rows<T>& rows, int row, int D) {
-  float squares = 0.f;
-  for (int chunk = 0; 8 * chunk < D; ++chunk) {
-    Piece<T> piece;
-    piece.raw = load_piece(rows, row, chunk, D);
-    PYOPS_UNROLL
-    for (int v = 0; v < 8; ++v) squares += to_float(piece.element[v]) * to_float(piece.element[v]);
-  }
-  const float norm = sqrtf(squares);
-  return norm > 1.f / kLargestUnit ? 1.f / norm : kLargestUnit;
-}
-// What scores' gradients are multiplied by, before the rows that they are multiplied with: a row without direction waits for its own.
-PYOPS_DEVICE float unit_factor(float unit) { return unit < kLargestUnit ? unit : 1.f; }
-
-// Gradients of rows [0, count) from a tile to memory. units: of rows that were made units, which stand in `from`; null: they were not.
-// beyond: [kD] sums of what belongs to no row of the map, by the calling warp alone; null: dropped.
-template <class T, int kD>
-PYOPS_DEVICE void write_rows(const Tile& tile, const Rows<T>& to, int count, int padded, int D, int thread, int threads, const Tile& from,
-                             const float* units, float* beyond) {
-  constexpr int kPieces = kD / 8;
-  PYOPS_NO_UNROLL
-  for (int i = thread; i < padded * kPieces; i += threads) {
-    const int row = i / kPieces, chunk = i % kPieces;
-    Piece<T> piece;
-    piece.raw = *tile.at(row, chunk);
-    if (units) {
-      Piece<T> source;
-      source.raw = *from.at(row, chunk);
-      float along = 0.f;
-      PYOPS_UNROLL
-      for (int v = 0; v < 8; ++v) along += to_float(piece.element[v]) * to_float(source.element[v]);
-      for (int mask = kPieces / 2; mask > 0; mask /= 2) along += __shfl_xor_sync(0xffffffffu, along, mask);
-      const float unit = row < count ? units[row] : 1.f;
-      PYOPS_UNROLL
-      for (int v = 0; v < 8; ++v) {
-        const float own = to_float(piece.element[v]);
-        piece.element[v] = from_float<T>(unit < kLargestUnit ? own - to_float(source.element[v]) * (unit * unit * along) : own * unit);
-      }
-    }
-    if (row < count) store_piece(to, row, chunk, D, piece.raw);
-    if (!beyond) continue;
-    const bool outside = row < count && !to.at(row);
-    if (!__any_sync(0xffffffffu, outside)) continue;
-    PYOPS_UNROLL
-    for (int v = 0; v < 8; ++v) {
-      float value = outside ? to_float(piece.element[v]) : 0.f;
-      for (int mask = kPieces; mask < kWarpSize; mask *= 2) value += __shfl_xor_sync(0xffffffffu, value, mask);
-      if (thread % kWarpSize < kPieces) beyond[8 * chunk + v] += value;
-    }
-  }
-}
 
 template <class T, int kD, class Source>
 PYOPS_KERNEL(kBackwardWarps<kD>* kWarpSize)
@@ -349,9 +222,8 @@ attention_backward(BackwardParams<Source> p) {
         p.in.visible(a, first + row + 15 < a.n ? first + row + 15 : a.n - 1, ignored, unseen);
         if (base + own >= unseen || base + own + kWarpKeys<kD> <= seen) {  // none of the warp's keys
           PYOPS_UNROLL
-          for (int tile = 0; tile < kKeyTiles<kD>; ++tile)
-            PYOPS_UNROLL
-            for (int e = 0; e < 4; ++e) ds_operand[tile][e] = 0;
+          for (int tile = 0; tile < kKeyTiles<kD>; ++tile) PYOPS_UNROLL
+          for (int e = 0; e < 4; ++e) ds_operand[tile][e] = 0;
           put_scores<kD>(ds_tile, own, row, ds_operand);
           continue;
         }
@@ -364,7 +236,8 @@ attention_backward(BackwardParams<Source> p) {
           for (int e = 0; e < 4; ++e) ds[e] = w[e] * (dp[e] - delta[e % 2]);
           if (p.sums && base + own + 16 * tile < a.m) {
             const int copy_of = kWindows || p.copies == p.slots ? slot : sequence;
-            float* const sums = p.sums_shared ? floats(p.room.sums) : p.sums + (static_cast<int64_t>(copy_of) * heads + a.head) * p.key_rows * p.pitch;
+            float* const sums =
+                p.sums_shared ? floats(p.room.sums) : p.sums + (static_cast<int64_t>(copy_of) * heads + a.head) * p.key_rows * p.pitch;
             const int pitch = p.sums_shared ? kSharedPitch : p.pitch;
             PYOPS_UNROLL
             for (int e = 0; e < 4; e += 2) {
@@ -400,7 +273,8 @@ attention_backward(BackwardParams<Source> p) {
       Partial partial{nullptr, base == 0, kWindows || base + p.keys >= a.m};
       if constexpr (!kWindows)
         if (p.partial) partial.sums = p.partial + ((static_cast<int64_t>(slot) * heads + a.head) * p.query_rows + first) * kD;
-      query_gradients<T, kD>(ds_blocks, keys, a.m - base < p.keys ? a.m - base : p.keys, a.n - first, D, scale(), grad_tile, stage, partial);
+      query_gradients<T, kD>(ds_blocks, keys, a.m - base < p.keys ? a.m - base : p.keys, a.n - first, D, scale(), grad_tile, stage,
+                             partial);
       put_ahead();
       __syncthreads();
       if (!partial.last) continue;
@@ -409,8 +283,8 @@ attention_backward(BackwardParams<Source> p) {
         else return p.in.template rows<T>(p.out.grad_query, a.batch, a.head, a.row);
       }();
       const int count = a.n - first < kBlockRows ? a.n - first : kBlockRows;
-      write_rows<T, kD>(from_row(grad_tile, stage), from_row(to, first), count, kBlockRows, D, thread, threads,
-                        from_row(query_tile, stage), units_from(first), nullptr);
+      write_rows<T, kD>(from_row(grad_tile, stage), from_row(to, first), count, kBlockRows, D, thread, threads, from_row(query_tile, stage),
+                        units_from(first), nullptr);
     }
 
     ptx::cp_async_wait<0>();
@@ -423,8 +297,8 @@ attention_backward(BackwardParams<Source> p) {
       }();
       put_sums<T, kD>(value_tile, own, sums, factor);
       __syncwarp();
-      write_rows<T, kD>(from_row(value_tile, own), from_row(to, base + own), count, kWarpKeys<kD>, D, lane, kWarpSize, from_row(key_tile, own),
-                        units, beyond);
+      write_rows<T, kD>(from_row(value_tile, own), from_row(to, base + own), count, kWarpKeys<kD>, D, lane, kWarpSize,
+                        from_row(key_tile, own), units, beyond);
       __syncwarp();
     };
     float* const beyond = kWindows ? floats(p.room.beyond) + warp * 2 * kD : nullptr;

@@ -1,8 +1,8 @@
 // The gradients of attention within the windows of a map (attention_backward_kernel.cuh), of the table, logit_scale and qkv_bias.
 //
 // A block has a head and walks many windows; what it sums over them, it leaves in its row of each workspace.
-#include "attention_backward_kernel.cuh"
 #include "attention_backward_cuda.h"
+#include "attention_backward_kernel.cuh"
 #include "attention_cuda.h"
 #include "attention_sums.cuh"
 

@@ -26,7 +26,9 @@ inline uint16_t float_to_f16(float value) {
   return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
 }
 
-inline uint32_t floats_to_pair(bf16, float low, float high) { return float_to_bf16(low) | static_cast<uint32_t>(float_to_bf16(high)) << 16; }
+inline uint32_t floats_to_pair(bf16, float low, float high) {
+  return float_to_bf16(low) | static_cast<uint32_t>(float_to_bf16(high)) << 16;
+}
 inline uint32_t floats_to_pair(f16, float low, float high) { return float_to_f16(low) | static_cast<uint32_t>(float_to_f16(high)) << 16; }
 
 inline float exp2(float x) { return x < -126.f ? 0.f : std::exp2(x); }

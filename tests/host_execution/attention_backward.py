@@ -121,3 +121,16 @@ def window_gate(kernels, make, dtype, device="cpu"):
         return ours, window_reference(double(call), grad.cpu().double()), window_reference(call, grad)
 
     assert_gate(results, dtype, gradient=True)
+
+
+def every_kernel(library):
+    """Launches each instance of each kernel of the family, at its largest number of threads, on an A100-sized machine."""
+    kernels = Kernels(library)
+    library.host_machine(1, 1, 163 * 1024)
+    for dtype in DTYPES:
+        for D, M, window in ((32, 384, (16, 24)), (64, 256, (16, 16)), (128, 128, (8, 16))):
+            make = lambda *_, D=D, M=M, dtype=dtype: attention_arguments(3, 1, 1, D, dtype, "cpu", M=M, bias=(1, 1, 1, M))  # noqa: E731
+            attention_run(kernels, attention_problem(make, dtype, "cpu", 0))
+            make = lambda *_, D=D, w=window, dtype=dtype: window_arguments(1, *w, 1, D, w, dtype, "cpu")  # noqa: E731
+            call, grad, lse = window_problem(make, dtype)
+            kernels.window_attention_grad(grad, call, lse)

@@ -30,7 +30,8 @@ struct Results {
   }
   std::vector<unsigned char> bytes() const {
     std::vector<unsigned char> all;
-    for (const auto& [data, size] : parts) all.insert(all.end(), static_cast<unsigned char*>(data), static_cast<unsigned char*>(data) + size);
+    for (const auto& [data, size] : parts)
+      all.insert(all.end(), static_cast<unsigned char*>(data), static_cast<unsigned char*>(data) + size);
     return all;
   }
 };

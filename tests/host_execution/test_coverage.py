@@ -8,8 +8,13 @@ import pytest
 from pyops import kernels as budgets
 
 from ..budgets import differences
-from . import attention, channel, channel_norms, dense, depthwise, expand_depthwise, mlp, pointwise, pool, rnn
+from . import attention, attention_backward, channel, channel_norms, dense, depthwise, expand_depthwise, mlp, pointwise, pool, rnn
 from .harness import ROOT, kernel_sources, kernel_table
+
+
+def every_attention(library):
+    for operation in (attention, attention_backward):
+        operation.every_kernel(library)
 
 
 def every_convolution(library):
@@ -19,7 +24,7 @@ def every_convolution(library):
 
 # by family, the folder in csrc/: launches each instance of each of its kernels
 EVERY_KERNEL = {
-    "attention": attention.every_kernel,
+    "attention": every_attention,
     "conv": every_convolution,
     "linear": mlp.every_kernel,
     "norm": channel_norms.every_kernel,
