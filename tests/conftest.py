@@ -17,6 +17,7 @@ def pytest_collection_modifyitems(items):
         group = "host_execution" if item.path.parent.name in ("host_execution", "gpu") else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
 
+
 DEVICES = {"cpu": "cpu", "vendor": "cpu", "cuda": "cuda", "triton": "cuda"}
 NO_GPU = {"cuda", "triton"} if not torch.cuda.is_available() else set()
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from pyops.ops import _conv_call
+
 MOST_HEAD_SIZE = 256
 # csrc/attention/attention_cuda.h: keys and values of a head stay in shared memory
 MOST_CUDA_HEAD_SIZE = 128
 MOST_CUDA_ROWS = 320
 MOST_CUDA_TOKENS = 304
+MOST_CUDA_GRADIENT_TOKENS = {32: 384, 64: 256, 128: 128}  # by head size: keys' gradients stay in registers
 
 
 def unsupported(call, backend: str) -> str | None:
@@ -31,9 +34,12 @@ def window_unsupported(call, backend: str) -> str | None:
     if backend != "cuda":
         return None if D <= MOST_HEAD_SIZE else f"its heads are of {MOST_HEAD_SIZE} or less, these are {D}"
     reason = _unsupported_by_cuda(call.qkv.dtype, D)
-    if reason is None and tokens > MOST_CUDA_TOKENS:
-        return f"its windows have {MOST_CUDA_TOKENS} tokens or fewer, these have {tokens}"
-    return reason
+    if reason is not None:
+        return reason
+    most = MOST_CUDA_TOKENS
+    if _conv_call.needs_grad(*call[:4]):
+        most = min(most, next(tokens for size, tokens in MOST_CUDA_GRADIENT_TOKENS.items() if size >= D))
+    return None if tokens <= most else f"its windows have {most} tokens or fewer, these have {tokens}"
 
 
 def _unsupported_by_cuda(dtype: torch.dtype, D: int) -> str | None:
