@@ -88,6 +88,16 @@ struct ForwardPass {
     pack_transposed<E>(me.rows, count, p.D, me.keys);
     for (int64_t j = 0; j < count; ++j) me.rows[j] = at<S>(p.value, q.batch, head, q.first_column + first + j);
     pack_straight<E>(me.rows, count, p.D, me.values);
+    // What is packed next, into L2 while this head is worked on: short sequences begin with misses otherwise (49 rows of 32: 11.1 ms for
+    // 11.8). Not a function of its own: GCC drops calls of one that only prefetches.
+    const bool last = head + 1 == p.G;
+    if (!single || (last && q.batch + 1 == p.B)) return;
+    const int64_t batch = last ? q.batch + 1 : q.batch, next = last ? 0 : head + 1;
+    for (int64_t j = 0; j < count; ++j) {
+      const S *key = at<S>(p.key, batch, next, q.first_column + j), *value = at<S>(p.value, batch, next, q.first_column + j);
+      for (int64_t d = 0; d < p.D; d += 64 / static_cast<int64_t>(sizeof(S)))
+        __builtin_prefetch(key + d, 0, 2), __builtin_prefetch(value + d, 0, 2);
+    }
   }
 
   // Few rows for a key head: packing would cost more than the products, so keys and values are read where they lie.
