@@ -170,8 +170,7 @@ struct WindowPass {
     for (int64_t t = 0; t < count; ++t) to[t] = row(tokens, part, head, first + t);
   }
   // A unit's rows of `image` [.., tokens, channels], the next to be read, on their way to L2 (Swin-T stage 1, 8 images, one thread: 12.9
-  // ms without, 10.1 with). Inline always: GCC drops calls of a function that
-  // does nothing else.
+  // ms without, 10.1 with). Inline always: GCC drops calls of a function that does nothing else.
   [[gnu::always_inline]] void fetch(const WindowTokens& tokens, const void* image, int64_t channels, int64_t at) const {
     if (N > kMostAhead) return;
     const S* from = static_cast<const S*>(image) + at;
