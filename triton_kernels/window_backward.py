@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .attention_backward import load_lse
 from .attention_tile import add_piece, kept
-from .images import on, store_image
+from .images import on, store_image, sum_positions
 from .pointwise_conv import add_product, rounded
 from .window_attention import (
     EPS,
@@ -67,9 +67,9 @@ def store_tokens(grad_ptr, value, pixel, real, channel, heads, D: tl.constexpr, 
 
 
 @triton.jit
-def add_beyond(sums, value, real, inside):
+def add_beyond(sums, value, real, inside, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """What tokens beyond the map add to qkv_bias' gradient.  # [BLOCK_D]"""
-    return sums + tl.sum(tl.where((inside & ~real)[:, None], value, 0.0), axis=0)
+    return sums + sum_positions(tl.where((inside & ~real)[:, None], value, 0.0), BLOCK, BLOCK_D)
 
 
 @triton.jit
@@ -157,7 +157,10 @@ def rows_kernel(
             store_tokens(grad_qkv_ptr, dk, pixel, real, heads + h, heads, D, BLOCK_D)
             store_tokens(grad_qkv_ptr, dv, pixel, real, 2 * heads + h, heads, D, BLOCK_D)
             if beyond_ptr is not None:
-                beyond_k, beyond_v = add_beyond(beyond_k, dk, real, t < N), add_beyond(beyond_v, dv, real, t < N)
+                beyond_k, beyond_v = (
+                    add_beyond(beyond_k, dk, real, t < N, BLOCK, BLOCK_D),
+                    add_beyond(beyond_v, dv, real, t < N, BLOCK, BLOCK_D),
+                )
             if tables_ptr is not None:
                 table += ds
             if logits_ptr is not None:
@@ -184,7 +187,7 @@ def rows_kernel(
         dq = input_grad(dq, q, rq, COSINE)
         store_tokens(grad_qkv_ptr, dq, pixel, real, h, heads, D, BLOCK_D)
         if beyond_ptr is not None:
-            beyond_q = add_beyond(beyond_q, dq, real, t < N)
+            beyond_q = add_beyond(beyond_q, dq, real, t < N, BLOCK, BLOCK_D)
     row = chunk * BLOCKS + block
     store_beyond(beyond_ptr, beyond_q, row, h, heads, D, BLOCK_D)
     if ONE:
@@ -234,7 +237,10 @@ def columns_kernel(
         store_tokens(grad_qkv_ptr, dk, pixel, real, heads + h, heads, D, BLOCK_D)
         store_tokens(grad_qkv_ptr, dv, pixel, real, 2 * heads + h, heads, D, BLOCK_D)
         if beyond_ptr is not None:
-            beyond_k, beyond_v = add_beyond(beyond_k, dk, real, u < N), add_beyond(beyond_v, dv, real, u < N)
+            beyond_k, beyond_v = (
+                add_beyond(beyond_k, dk, real, u < N, BLOCK, BLOCK_D),
+                add_beyond(beyond_v, dv, real, u < N, BLOCK, BLOCK_D),
+            )
     store_beyond(beyond_ptr, beyond_k, chunk * BLOCKS + block, heads + h, heads, D, BLOCK_D)
     store_beyond(beyond_ptr, beyond_v, chunk * BLOCKS + block, 2 * heads + h, heads, D, BLOCK_D)
 
