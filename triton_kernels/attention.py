@@ -13,6 +13,8 @@ Floors: query, key and value read once (keys again from L2 by each block of rows
 a head, of the scores that are seen.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -118,7 +120,7 @@ def forward_kernel(
 def attention_into(query, key, value, bias, slopes, spans, seed, scale, left, right, softcap, dropout_p, output, lse) -> None:
     """As pyops::attention_into."""
     written = output if output.stride(-1) == 1 else torch.empty(output.shape, dtype=output.dtype, device=output.device)
-    tensors = {"query": readable(query), "key": readable(key), "value": readable(value), "output": written}
+    tensors: dict[str, Any] = {"query": readable(query), "key": readable(key), "value": readable(value), "output": written}
     given = common_arguments(query, key, bias, slopes, spans, seed, scale, left, right, softcap, dropout_p, tensors.values())
     if given["RAGGED"]:  # rows of no sequence have no tile
         written.zero_(), lse.fill_(float("-inf"))
@@ -132,7 +134,7 @@ def attention_into(query, key, value, bias, slopes, spans, seed, scale, left, ri
         output.copy_(written)
 
 
-def launch_config(N: int, M: int, D: int, dtype: torch.dtype) -> dict[str, int | str]:
+def launch_config(N: int, M: int, D: int, dtype: torch.dtype) -> dict[str, Any]:
     """Compile-time tile: fixed by sizes and dtype, so that a call has one binary and one result."""
     multiplied = precision(dtype)
     if dtype == torch.float32 and multiplied == "ieee":

@@ -13,6 +13,8 @@ atomics: sizes alone fix every order.
 Floors: the forward's and twice its tensors more; 14*N*M*D flops a head instead of 10 (scores and dp twice), a bias' gradient 4 more.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -232,15 +234,15 @@ def grad_bias_kernel(
     size = tl.cdiv(repeats, shares)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for repeat in range(share * size, tl.minimum(share * size + size, repeats)):
-        h = (repeat % H if ALL_HEADS else own % heads).to(tl.int64)
+        h = tl.cast(repeat % H if ALL_HEADS else own % heads, tl.int64)
         s = (repeat // H if ALL_HEADS else repeat) if ALL_SEQUENCES else own // heads
-        b = (s * 0 if RAGGED else s).to(tl.int64)
+        b = tl.cast(s * 0 if RAGGED else s, tl.int64)
         row, n, column, m = span(spans_ptr, s, N, M)
         flat = (b * H + h) * N + row
         slope = 0.0
         if slopes_ptr is not None:
             slope = tl.load(slopes_ptr + s * slopes_s + h)
-        bias = bias_ptr + s.to(tl.int64) * bias_b + h * bias_h
+        bias = bias_ptr + tl.cast(s, tl.int64) * bias_b + h * bias_h
         top, last = row_tile * BLOCK_M, n
         if not ALL_ROWS:
             last = tl.minimum(top + BLOCK_M, n)
@@ -333,7 +335,7 @@ def _grad_bias(grad_bias: Tensor, given: dict, tensors: dict[str, Tensor]) -> No
         torch.sum(partial, 0, out=grad_bias)
 
 
-def launch_config(kernel, N: int, M: int, D: int, dtype: torch.dtype) -> dict[str, int | str]:
+def launch_config(kernel, N: int, M: int, D: int, dtype: torch.dtype) -> dict[str, Any]:
     """Compile-time tile: fixed by sizes and dtype, so that a call has one binary and one result."""
     multiplied, of_rows, stages = precision(dtype), kernel is grad_query_kernel, 2
     if dtype == torch.float32 and multiplied == "ieee":
