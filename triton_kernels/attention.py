@@ -42,8 +42,8 @@ from .attention_tile import (
     written,
     zeros,
 )
+from .common import rounded
 from .images import on
-from .pointwise_conv import rounded
 
 
 @triton.jit

@@ -44,8 +44,8 @@ from .attention_tile import (
     written,
     zeros,
 )
+from .common import rounded
 from .images import on
-from .pointwise_conv import rounded
 
 BIAS_SIZES = ("sequences", "heads", "rows", "columns", "row_tiles", "column_tiles", "repeats", "shares")
 PROGRAMS = 528  # of the bias' gradient, about: four for each multiprocessor of a large GPU

@@ -11,6 +11,18 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """fp32 to a narrower type, to nearest even. The interpreter's conversion to bf16 cuts bits off, so there the bits are rounded first."""
+    if dtype == tl.float32 or x.dtype == dtype:
+        return x
+    elif INTERPRETED and dtype == tl.bfloat16:
+        u = x.to(tl.uint32, bitcast=True)
+        return (u + 0x7FFF + ((u >> 16) & 1)).to(tl.float32, bitcast=True).to(dtype)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
 def tanh(x):
     """Two units in the last place: exp(-2|x|) cancels near zero, so small arguments take an odd polynomial (Cephes, tanhf)."""
     s = x * x

@@ -32,10 +32,11 @@ from torch import Tensor
 from . import channel
 from .activations import activate
 from .channel import load_vector
+from .common import rounded
 from .depthwise_conv import output_size
 from .images import empty_image, image, on, store_image
 from .moments import merge, merge_moments, store_moments
-from .pointwise_conv import GROUP, SEGMENT, add_product, rounded
+from .pointwise_conv import GROUP, SEGMENT, add_product
 
 SIZES = (
     "N", "H", "W", "OH", "OW", "groups", "C_units", "O_units", "KH", "KW", "stride_h", "stride_w", "padding_h", "padding_w",

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import rounded
+
 
 @triton.jit
 def sum_positions(tile, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -19,11 +21,7 @@ def sum_positions(tile, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def store_image(to, value, mask):
-    """Rounded to nearest; said aloud, since the interpreter's plain conversion cuts bits off."""
-    if to.dtype.element_ty == tl.float32:
-        tl.store(to, value, mask=mask)
-    else:
-        tl.store(to, value.to(to.dtype.element_ty, fp_downcast_rounding="rtne"), mask=mask)
+    tl.store(to, rounded(value, to.dtype.element_ty), mask=mask)
 
 
 def image(image: Tensor | None) -> Tensor | None:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from .activations import activate
 from .channel import load_vector
+from .common import rounded
 from .images import on, store_image
-from .pointwise_conv import add_product, load_weight, rounded
+from .pointwise_conv import add_product, load_weight
 
 MOST = 256  # inputs, and outputs
 SIZES = ("M", "C_units", "H_units", "O_units")  # one binary whatever they are

@@ -21,22 +21,13 @@ from torch import Tensor
 
 from .activations import activate
 from .channel import load_vector
-from .common import INTERPRETED
+from .common import INTERPRETED, rounded
 from .images import empty_image, on, store_image
 from .moments import merge, merge_moments, store_moments
 
 GROUP = 8  # row blocks whose programs run side by side
 SEGMENT = 128  # products that an fp32 sum takes one after another
 SIZES = ("M", "P", "C_units", "O_units", "input_units", "residual_units", "output_units")  # one binary whatever they are
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """To nearest; said aloud, since the interpreter's plain conversion cuts bits off."""
-    if dtype == tl.float32 or x.dtype == dtype:
-        return x
-    else:
-        return x.to(dtype, fp_downcast_rounding="rtne")
 
 
 @triton.jit

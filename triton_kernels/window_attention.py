@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 
 from .attention_tile import LN2, LOG2E, add_piece, block_of, keep_threshold, kept, precision
+from .common import rounded
 from .images import on, store_image
-from .pointwise_conv import add_product, rounded
+from .pointwise_conv import add_product
 
 MASKED = tl.constexpr(100.0 * math.log2(math.e))  # between regions, in units of log 2
 EPS = tl.constexpr(1e-12)

@@ -19,8 +19,9 @@ import triton.language as tl
 
 from .attention_backward import load_lse
 from .attention_tile import add_piece, kept
+from .common import rounded
 from .images import on, store_image, sum_positions
-from .pointwise_conv import add_product, rounded
+from .pointwise_conv import add_product
 from .window_attention import (
     EPS,
     SIZES,
