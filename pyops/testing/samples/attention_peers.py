@@ -99,10 +99,11 @@ class SwinAttention(nn.Module):
 
     def __init__(self, args, kwargs, sdpa: bool):
         super().__init__()
-        if set(kwargs) & {"dropout_p", "logit_scale"}:
-            raise ValueError("has no dropout and no cosine attention")
+        if "dropout_p" in kwargs:
+            raise ValueError("has no dropout by seed")
         qkv, self.heads, window, shift = args
         self.table, self.qkv_bias = kwargs.get("relative_position_bias_table"), kwargs.get("qkv_bias")
+        self.logit_scale = kwargs.get("logit_scale")
         call = prepare(qkv, self.heads, window, shift, self.table, self.qkv_bias, None, kwargs.get("scale"), 0.0, None)
         self.w = _window_attention_ops.Windows.of(qkv.shape[1:3], call.window, call.shift)
         self.kind = Sdpa(False) if sdpa else Naive(False)
@@ -115,6 +116,9 @@ class SwinAttention(nn.Module):
         w = self.w
         tokens = _window_attention_ops.partition(_window_attention_ops.pad(qkv, self.qkv_bias, w), w)
         query, key, value = tokens.view(*tokens.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.logit_scale is not None:
+            logits = self.logit_scale.clamp(max=math.log(100.0)).exp() * query.shape[-1] ** 0.5  # the call below takes that root away
+            query, key = F.normalize(query, dim=-1) * logits, F.normalize(key, dim=-1)
         bias = None if self.table is None else self.table[self.index].permute(2, 0, 1).to(qkv.dtype)[None]
         if self.mask is not None:
             bias = self.mask if bias is None else bias + self.mask

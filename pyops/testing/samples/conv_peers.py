@@ -74,6 +74,7 @@ def onnx_bytes(module: nn.Module, *inputs: Tensor) -> bytes:
         raise ValueError("float32 only")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the exporter that needs no further package
+        warnings.filterwarnings("ignore", "Constant folding", UserWarning)
         path = Path(folder) / "model.onnx"
         values = tuple(t.detach().contiguous() for t in inputs)
         torch.onnx.export(module, values, path, input_names=_names(inputs), output_names=["y"], dynamo=False)
