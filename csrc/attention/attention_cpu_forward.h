@@ -144,8 +144,10 @@ struct ForwardPass {
       most = larger(v, most);
     }
     masked(run.end);
-    return max_lane(most) * (kPlain ? p.scale : 1.f);
+    return max_lane(most);
   }
+  // A score under the maximum, exact where it is the maximum itself. Plain ones are scaled only here.
+  vf below(vf x, float maximum) const { return kPlain ? (x - maximum) * p.scale : x - maximum; }
 
   // Scores -> weights; the row's outputs so far are scaled to its new maximum.
   void softmax(const Member& me, int64_t s, int64_t head, int64_t row, int64_t r, int64_t slot, int64_t first, Columns run,
@@ -157,7 +159,7 @@ struct ForwardPass {
     if (!single) {
       sum = load(me.sums + slot * kF);
       if (maximum != before) {
-        const vf factor = exp_weight(splat<float>(before - base));
+        const vf factor = exp_weight(below(splat<float>(before), base));
         sum *= factor;
         float* out = me.out + slot * width;
         for (int64_t d = 0; d < width; d += kF) store(out + d, load(out + d) * factor);
@@ -165,7 +167,7 @@ struct ForwardPass {
     }
     if (p.seed) dropout.row(s, head, row, first + run.begin, first + run.end, me.keep);
     for (int64_t c = run.begin; c < run.end; c += kF) {
-      vf w = exp_weight(kPlain ? load(x + c) * p.scale - base : load(x + c) - base);
+      vf w = exp_weight(below(load(x + c), base));
       sum += w;
       if (p.seed) w *= load(me.keep + c - run.begin);
       put_lanes<E>(weights, c, w);
@@ -222,7 +224,7 @@ struct ForwardPass {
         const float* out = me.out + slot * width;
         for (int64_t d = 0; d < p.D; d += kF) store_upto(to + d, blind ? vf{} : load(out + d) * factor, p.D - d);
       }
-      const vf sums = load(total), whole = load(me.maximum + i - begin) + log(sums);
+      const vf sums = load(total), whole = load(me.maximum + i - begin) * (kPlain ? p.scale : 1.f) + log(sums);
       store_upto(lse + i, sums == 0.f ? splat<float>(-kInfinity) : whole, rows);
     }
   }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyops.ops import _conv_call
 
@@ -19,23 +21,37 @@ OPTIONS = (  # of layers, which folded and packed values depend on
 )  # fmt: skip
 
 
+_steps = itertools.count(1)
+_last_step = 0  # of any optimizer
+
+
+def _count_step(*_) -> None:
+    """Fused optimizers write parameters without a word to their versions."""
+    global _last_step
+    _last_step = next(_steps)
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
 class Kept(NamedTuple):
     """A value and the state of the module tree it was computed from."""
 
     value: Any
     facts: Any
     entries: list[tuple[dict, str, Any]]
-    versions: list[tuple[Tensor, int]]
+    versions: list[tuple[Tensor, int, int]]  # and where its elements are
     hooks: list[tuple[dict, bool]]
+    step: int
 
     def holds(self, facts: Any) -> bool:
-        if self.facts != facts:
+        if self.facts != facts or self.step != _last_step:
             return False
         for owner, name, value in self.entries:
             if owner.get(name) is not value:
                 return False
-        for tensor, version in self.versions:
-            if tensor._version != version:
+        for tensor, version, address in self.versions:
+            if tensor._version != version or _address(tensor) != address:
                 return False
         return all(bool(hooks) == had for hooks, had in self.hooks)
 
@@ -43,10 +59,10 @@ class Kept(NamedTuple):
 class Derived:
     """One value, kept until the module tree that it was computed from changes. Never saved, never copied.
 
-    What counts as a change: a parameter, buffer or submodule replaced, a tensor written in place (by its version), a hook added, a
-    part's train or eval mode, one of a layer's OPTIONS. Writing through ``parameter.data`` bumps no version; `Keeps` therefore drops the
-    value in ``train`` and ``_apply`` (``module.to(...)``) as well. Threads may call the module at once: what is kept is one object, which
-    is replaced and never written.
+    What counts as a change: a parameter, buffer or submodule replaced, a tensor written in place (by its version) or given other memory,
+    a step of any optimizer, a hook added, a part's train or eval mode, one of a layer's OPTIONS. Writing through ``parameter.data`` in
+    place bumps no version; `Keeps` therefore drops the value in ``train`` and ``_apply`` (``module.to(...)``) as well. Threads may call
+    the module at once: what is kept is one object, which is replaced and never written.
     """
 
     def __init__(self):
@@ -104,9 +120,9 @@ class Keeps:
 def _state_of(module: nn.Module) -> tuple | None:
     """As `Kept` holds it; None when a tensor keeps no version (inference tensors), so that nothing can be kept."""
     entries: list[tuple[dict, str, Any]] = []
-    versions, hooks = [], []
+    versions, hooks, step = [], [], _last_step
     for part in module.modules():
-        entries.append((part.__dict__, "training", part.training))
+        entries += [(part.__dict__, "training", part.training), (part.__dict__, "forward", part.__dict__.get("forward"))]
         entries += [(part.__dict__, name, part.__dict__[name]) for name in OPTIONS if name in part.__dict__]
         entries += [(part._modules, name, child) for name, child in part._modules.items()]
         hooks += [(getattr(part, name), bool(getattr(part, name))) for name in HOOKS]
@@ -116,12 +132,17 @@ def _state_of(module: nn.Module) -> tuple | None:
                 if tensor is not None:
                     if tensor.is_inference():
                         return None
-                    versions.append((tensor, tensor._version))
-    return entries, versions, hooks
+                    versions.append((tensor, tensor._version, _address(tensor)))
+    return entries, versions, hooks, step
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0  # a subclass may have no memory of its own
 
 
 def has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in HOOKS)
+    """Whether a call of the module runs more than its class' forward: hooks, or a forward of its own."""
+    return any(getattr(module, name) for name in HOOKS) or "forward" in module.__dict__
 
 
 def is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:

@@ -98,6 +98,19 @@ class DecoderCache(list[KeyValueCache]):
             cache.reorder(index)
 
 
+def unchanged_if_refused(caches: Iterable[KeyValueCache], call: Callable[[], Any]) -> Any:
+    """``call()``; where it raises, the caches are as they were, so that it can be made again."""
+    if torch.compiler.is_compiling():
+        return call()
+    before = [(cache, cache.length, cache.memory) for cache in caches]
+    try:
+        return call()
+    except Exception:
+        for cache, length, memory in before:
+            cache.length, cache.memory = length, memory
+        raise
+
+
 def _refuse_gradients(*tensors: Tensor) -> None:
     if _conv_call.needs_grad(*tensors):
         raise RuntimeError("KeyValueCache: it carries no gradients; decode under torch.no_grad() or torch.inference_mode()")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyops import _backends
 from pyops.nn._derived import DerivedParts, Keeps, has_hooks
-from pyops.nn.attention import DecoderCache, KeyValueCache, MultiheadAttention
+from pyops.nn.attention import DecoderCache, KeyValueCache, MultiheadAttention, unchanged_if_refused
 from pyops.nn.linear import run_kept
 from pyops.ops import _conv_call
 
@@ -133,14 +133,17 @@ class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
             masks: dict = dict(key_padding_mask=memory_key_padding_mask, attn_mask=memory_mask, is_causal=memory_is_causal)
             return self.dropout2(self.multihead_attn(x, memory, memory, need_weights=False, cache=cache, **masks)[0])
 
-        x = tgt
-        if self.norm_first:
-            x = x + attend(self.norm1(x))
-            x = x + attend_memory(self.norm2(x))
-            return x + self._ff_block(self.norm3(x))
-        x = self.norm1(x + attend(x))
-        x = self.norm2(x + attend_memory(x))
-        return self.norm3(x + self._ff_block(x))
+        def run() -> Tensor:
+            x = tgt
+            if self.norm_first:
+                x = x + attend(self.norm1(x))
+                x = x + attend_memory(self.norm2(x))
+                return x + self._ff_block(self.norm3(x))
+            x = self.norm1(x + attend(x))
+            x = self.norm2(x + attend_memory(x))
+            return self.norm3(x + self._ff_block(x))
+
+        return run() if cache is None else unchanged_if_refused([cache], run)
 
     def _ff_block(self, x: Tensor) -> Tensor:
         return self.dropout3(self._feed_forward(x))
@@ -212,12 +215,19 @@ class TransformerDecoder(nn.TransformerDecoder):
             is_causal = _is_causal(self.layers, tgt, tgt_mask, tgt_is_causal)
             for layer in self.layers:
                 output = layer(output, memory, tgt_is_causal=is_causal, **masks)
-        elif len(cache) != len(self.layers):
+            return output if self.norm is None else self.norm(output)
+        if not isinstance(cache, (list, tuple)):
+            raise TypeError(f"TransformerDecoder: cache: expected what new_cache makes, got {type(cache).__name__}")
+        if len(cache) != len(self.layers):
             raise ValueError(f"TransformerDecoder: cache: expected one for {len(self.layers)} layers, got {len(cache)}")
-        else:
+
+        def decode() -> Tensor:
+            output = tgt
             for layer, own in zip(self.layers, cache, strict=True):
                 output = layer(output, memory, cache=own, **masks)
-        return output if self.norm is None else self.norm(output)
+            return output if self.norm is None else self.norm(output)
+
+        return unchanged_if_refused(cache, decode)
 
 
 class Transformer(nn.Transformer):

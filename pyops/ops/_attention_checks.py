@@ -45,6 +45,9 @@ def _check_kinds(op: str, query, key, value, ragged: bool) -> None:
     _conv_call.check_tensor(op, "query", query, optional=False)
     if query.dtype not in _conv_call.DTYPES:
         raise ValueError(f"{op}: query: expected float32, bfloat16, float16 or float64, got {query.dtype}")
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if isinstance(t, Tensor) and (t.is_nested or t.layout != torch.strided):
+            raise ValueError(f"{op}: {name}: expected a strided tensor, got {'a nested one' if t.is_nested else t.layout}")
     packed, like = ("[total, 3, H, D]", "[total, H, D]") if ragged else ("[B, N, 3, H, D]", "[B, H, N, D]")
     if (key is None) != (value is None):
         missing = "key" if key is None else "value"
@@ -58,7 +61,8 @@ def _check_kinds(op: str, query, key, value, ragged: bool) -> None:
         _conv_call.check_tensor(op, name, t, query, optional=False)
         if t.dim() != (3 if ragged else 4):
             raise ValueError(f"{op}: {name}: expected {like}, got shape {tuple(t.shape)}")
-        if t.dtype != query.dtype and not _conv_call.is_autocast(query.device.type):
+        cast = _conv_call.is_autocast(query.device.type) and torch.float64 not in (t.dtype, query.dtype)  # which stays as it is
+        if t.dtype != query.dtype and not cast:
             raise ValueError(f"{op}: {name}: expected query's dtype {query.dtype}, got {t.dtype}")
 
 
@@ -87,8 +91,8 @@ def _sizes(op: str, query, key, value, enable_gqa: bool) -> tuple[int, ...]:
 def _integers(op: str, name: str, t, size: int | None, like: Tensor) -> Tensor:
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name}: expected a Tensor or None, got {type(t).__name__}")
-    if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-        raise ValueError(f"{op}: {name}: expected integers, got {t.dtype}")
+    if t.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: {name}: expected int32 or int64, got {t.dtype}")
     if t.dim() != 1 or (size is not None and t.shape[0] != size) or (t.shape[0] == 0 and size is None):
         wanted = "[sequences + 1]" if size is None else f"shape ({size},)"
         raise ValueError(f"{op}: {name}: expected {wanted}, got {tuple(t.shape)}")
@@ -145,8 +149,8 @@ def _bias(op: str, bias, query: Tensor, sequences: int, H: int, extent: tuple[in
         return None
     if not isinstance(bias, Tensor):
         raise TypeError(f"{op}: attn_bias: expected a Tensor or None, got {type(bias).__name__}")
-    if not bias.is_floating_point() and bias.dtype != torch.bool:
-        raise ValueError(f"{op}: attn_bias: expected a floating tensor or bool, got {bias.dtype}")
+    if bias.dtype not in (*_conv_call.DTYPES, torch.bool):
+        raise ValueError(f"{op}: attn_bias: expected float32, bfloat16, float16, float64 or bool, got {bias.dtype}")
     if bias.device != query.device:
         raise ValueError(f"{op}: attn_bias: expected query's device {query.device}, got {bias.device}")
     wanted = (sequences, H, *(extent or ("n", "m")))
@@ -190,7 +194,7 @@ def _side(op: str, value) -> int:
         raise TypeError(f"{op}: window: expected ints of 0 or more, or None, got {value!r}")
     if value < 0:
         raise ValueError(f"{op}: window: expected ints of 0 or more, or None, got {value}")
-    return value
+    return value if value < 2**31 else _UNBOUNDED  # beyond any sequence
 
 
 def _options(op: str, is_causal, scale, window, softcap, dropout_p, D: int) -> Options:

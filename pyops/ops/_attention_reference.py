@@ -77,7 +77,7 @@ def _dense(query, key, value, bias, slopes, lengths, keep, o: Options) -> tuple[
     query, key, value = _real(query, n), _heads(_real(key, m), H), _heads(_real(value, m), H)
     s = _scores(query, key, bias, slopes, lengths, keep, o)
     p = s.weights() if s.keep is None else s.weights() * s.keep
-    return p @ value, s.masked.logsumexp(-1)
+    return p @ value, s.masked.masked_fill(s.dead, 0.0).logsumexp(-1).masked_fill(s.dead[..., 0], -math.inf)
 
 
 def _dense_grad(grad, grad_lse, query, key, value, bias, slopes, lengths, keep, o: Options):

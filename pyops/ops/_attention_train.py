@@ -42,7 +42,7 @@ def _like(t: Tensor) -> Tensor:
 def _gradients(query, key, value, bias, needs_bias: bool) -> list[Tensor]:
     """query's, key's and value's, and bias'; empty where there is none."""
     grads = [_like(t) if t is not None else query.new_empty(0) for t in (query, key, value)]
-    return [*grads, _attention_ops.vector(bias, *bias.shape) if needs_bias else query.new_empty(0)]
+    return [*grads, _attention_ops.vector(query, *bias.shape) if needs_bias else query.new_empty(0)]
 
 
 def _backward(k, grad, grad_lse, query, key, value, bias, slopes, spans, seed, output, lse, *rest):

@@ -23,7 +23,9 @@ def unsupported(call) -> str | None:
 def run(call) -> Tensor:
     query, key, value = call.heads()
     (_, H, N, _), M, o = query.shape, key.shape[2], call.options
-    gqa = bool(key.shape[1] != H)  # under torch.jit.trace sizes are tensors
+    gqa = False  # not the comparison itself: under torch.jit.trace sizes are tensors, under the compiler symbols
+    if key.shape[1] != H:
+        gqa = True
     if call.spans is None and call.bias is None and call.slopes is None and o.left < 0 and (o.right < 0 or (o.right == 0 and N == M)):
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=o.dropout_p, is_causal=o.right == 0, scale=o.scale, enable_gqa=gqa

@@ -74,10 +74,9 @@ def partition(t: Tensor, w: Windows) -> Tensor:
     return t.view(B, P // wh, wh, Q // ww, ww, t.shape[3]).transpose(2, 3).reshape(B * w.total, wh * ww, t.shape[3])
 
 
-def reverse(t: Tensor, w: Windows) -> Tensor:
+def reverse(t: Tensor, w: Windows, B: int) -> Tensor:
     """[windows, N, C] -> [B, P, Q, C]"""
     (P, Q), (wh, ww) = w.padded, w.window
-    B = t.shape[0] // w.total
     t = t.view(B, P // wh, Q // ww, wh, ww, t.shape[2]).transpose(2, 3).reshape(B, P, Q, t.shape[2])
     return t.roll(w.shift, (1, 2)) if any(w.shift) else t
 
@@ -153,7 +152,7 @@ def forward(qkv, qkv_bias, table, logit_scale, seed, heads, window, shift, scale
     w = Windows.of(qkv.shape[1:3], window, shift)
     s = _scores(qkv, qkv_bias, table, logit_scale, seed, w, heads, scale, dropout_p)
     p = s.weights if s.keep is None else s.weights * s.keep
-    return _crop(reverse((p @ s.value).transpose(1, 2).flatten(2), w), w), s.lse
+    return _crop(reverse((p @ s.value).transpose(1, 2).flatten(2), w, qkv.shape[0]), w), s.lse
 
 
 def _normalize_grad(grad: Tensor, t: Tensor, unit: Tensor) -> Tensor:
@@ -188,7 +187,7 @@ def backward(grad, qkv, qkv_bias, table, logit_scale, seed, heads, window, shift
     if logit_scale is not None:
         dq, dk = _normalize_grad(dq, s.query, s.unit[0]), _normalize_grad(dk, s.key, s.unit[1])
     rows = torch.stack([dq, dk, dv]).permute(1, 3, 0, 2, 4).flatten(2)
-    padded = reverse(rows, w)
+    padded = reverse(rows, w, qkv.shape[0])
     beyond = padded.to(wide).masked_fill(inside(w, qkv.device), 0.0).sum((0, 1, 2))
     return _crop(padded, w), beyond, grad_table, grad_logits
 

@@ -132,8 +132,10 @@ ORDER = {"cpu": ("cpu", "vendor", "eager"), "cuda": ("vendor", "eager", "cuda", 
 
 
 def _order(call: Call) -> tuple[str, ...]:
-    if _conv_call.is_recorded():
+    if torch.jit.is_tracing():
         return ("vendor", "eager")
+    if _conv_call.is_recorded():  # forward-mode gradients, which PyTorch's op has none of
+        return ("eager",)
     return ORDER.get(call.query.device.type, ("vendor", "eager"))
 
 

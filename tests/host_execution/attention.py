@@ -170,7 +170,7 @@ def window_call(make, dtype, device="cpu", seed=0):
     args, kwargs = make(dtype, device, seed)
     names = ("relative_position_bias_table", "qkv_bias", "logit_scale", "scale")
     given = (kwargs.get(name) for name in names)
-    return window_attention._prepare(*args, *given, kwargs.get("dropout_p", 0.0), kwargs.get("seed"))
+    return window_attention.prepare(*args, *given, kwargs.get("dropout_p", 0.0), kwargs.get("seed"))
 
 
 def every_kernel(library):

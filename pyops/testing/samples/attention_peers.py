@@ -107,6 +107,7 @@ class SwinAttention(nn.Module):
         call = prepare(qkv, self.heads, window, shift, self.table, self.qkv_bias, None, kwargs.get("scale"), 0.0, None)
         self.w = _window_attention_ops.Windows.of(qkv.shape[1:3], call.window, call.shift)
         self.kind = Sdpa(False) if sdpa else Naive(False)
+        self.images = qkv.shape[0]
         self.index = _window_attention_ops.relative_index(self.w.window, qkv.device)
         apart = _window_attention_ops.regions(self.w, qkv.device)
         mask = None if apart is None else (apart.to(qkv.dtype) * _window_attention_ops.MASKED)[:, None]
@@ -122,7 +123,7 @@ class SwinAttention(nn.Module):
         bias = None if self.table is None else self.table[self.index].permute(2, 0, 1).to(qkv.dtype)[None]
         if self.mask is not None:
             bias = self.mask if bias is None else bias + self.mask
-        whole = _window_attention_ops.reverse(self.kind(query, key, value, bias).transpose(1, 2).flatten(2), w)
+        whole = _window_attention_ops.reverse(self.kind(query, key, value, bias).transpose(1, 2).flatten(2), w, self.images)
         return whole[:, : w.size[0], : w.size[1]].contiguous()
 
 
