@@ -11,13 +11,6 @@ from pyops.testing import SPECS, within_gate
 torch.set_num_threads(2)
 
 
-def pytest_collection_modifyitems(items):
-    """Under `pytest -n auto` a file's tests stay in one process, and so do all that share what a session builds once."""
-    for item in items:
-        group = "host_execution" if item.path.parent.name in ("host_execution", "gpu") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 DEVICES = {"cpu": "cpu", "vendor": "cpu", "cuda": "cuda", "triton": "cuda"}
 NO_GPU = {"cuda", "triton"} if not torch.cuda.is_available() else set()
 
