@@ -180,8 +180,9 @@ struct WindowBackward : WindowPass<S> {
     vf cosines{};
     with_flags(p.logit_scale, me.tokens.apart, [&](auto cosine, auto masked) {
       for (int64_t v = 0; v < columns; v += kF) {
-        const vf delta = weigh<decltype(cosine)::value, decltype(masked)::value>(me, scores, head, first, v);
-        cosines += slope<decltype(cosine)::value>(me, scores, delta, v, sum);
+        vf share;
+        const vf delta = weigh<decltype(cosine)::value, decltype(masked)::value>(me, scores, head, first, v, share);
+        cosines += slope<decltype(cosine)::value>(me, scores, delta, share, v, sum);
       }
     });
     if (p.grad_logit_scale) *logits += sum_lane(cosines);
@@ -210,7 +211,7 @@ struct WindowBackward : WindowPass<S> {
   // A vector of queries: the weights, and the mean of slopes under them. They are added up for it: lse is rounded, which at scores of a
   // hundred is 4e-6 of a weight, and where one weight is nearly all, its slope is nearly the mean.
   template <bool Cosine, bool Masked>
-  vf weigh(const Member& me, const typename Base::Scores& scores, int64_t head, int64_t first, int64_t v) const {
+  vf weigh(const Member& me, const typename Base::Scores& scores, int64_t head, int64_t first, int64_t v, vf& share) const {
     const vf lse = load(me.lse + v);
     vf delta{}, sum{};
     by_fours(N, [&](int64_t u, auto count) {
@@ -232,19 +233,20 @@ struct WindowBackward : WindowPass<S> {
         if (kPairs) put_lanes<E>(me.weight_rows + (u + r) * kRow, v, weight);
       }
     });
-    return delta / larger(sum, vf{} + 0x1p-126f);  // columns without a query may have no weight
+    share = 1.f / larger(sum, vf{} + 0x1p-126f);  // columns without a query may have no weight
+    return delta * share;
   }
 
   // The same vector: s in the table's sum, s times the products' factor as the two products read it; the sum of s times cosine.
   template <bool Cosine>
-  vf slope(const Member& me, const typename Base::Scores& scores, vf delta, int64_t v, float* sum) const {
+  vf slope(const Member& me, const typename Base::Scores& scores, vf delta, vf share, int64_t v, float* sum) const {
     vf cosines{};
     by_fours(N, [&](int64_t u, auto count) {
       constexpr int R = decltype(count)::value;
       vf scaled[4] = {};
       for (int r = 0; r < R; ++r) {
         const int64_t at = (u + r) * kPanel + v;
-        const vf s = load(me.weights + at) * (load(me.slopes + at) - delta);
+        const vf s = load(me.weights + at) * share * (load(me.slopes + at) - delta);
         if (p.grad_table) store(sum + at, load(sum + at) + s);
         scaled[r] = s * scores.template factor<Cosine>(u + r, v);
         if (Cosine && p.grad_logit_scale) cosines += s * (load(me.query_norms + v) * scores.key[u + r]) * load(me.products + at);
