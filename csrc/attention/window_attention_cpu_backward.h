@@ -240,16 +240,20 @@ struct WindowBackward : WindowPass<S> {
   // The same vector: s in the table's sum, s times the products' factor as the two products read it; the sum of s times cosine.
   template <bool Cosine>
   vf slope(const Member& me, const typename Base::Scores& scores, vf delta, vf share, int64_t v, float* sum) const {
-    vf cosines{};
+    vf cosines{}, lost{};
     by_fours(N, [&](int64_t u, auto count) {
       constexpr int R = decltype(count)::value;
       vf scaled[4] = {};
       for (int r = 0; r < R; ++r) {
         const int64_t at = (u + r) * kPanel + v;
-        const vf s = load(me.weights + at) * share * (load(me.slopes + at) - delta);
+        const vf weight = load(me.weights + at) * share, s = weight * (load(me.slopes + at) - delta);
+        if (!kPairs) store(me.dropped + at, p.threshold ? load(me.dropped + at) * share : weight);
         if (p.grad_table) store(sum + at, load(sum + at) + s);
         scaled[r] = s * scores.template factor<Cosine>(u + r, v);
-        if (Cosine && p.grad_logit_scale) cosines += s * (load(me.query_norms + v) * scores.key[u + r]) * load(me.products + at);
+        if (Cosine && p.grad_logit_scale) {  // terms cancel: what each addition loses is added to the next
+          const vf term = s * (load(me.query_norms + v) * scores.key[u + r]) * load(me.products + at) - lost, now = cosines + term;
+          lost = (now - cosines) - term, cosines = now;
+        }
         if constexpr (kPairs) put_lanes<E>(me.slope_rows + (u + r) * kRow, v, scaled[r]);
         else store(me.slopes + at, scaled[r]);
       }
