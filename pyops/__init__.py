@@ -3,6 +3,8 @@
 Importing touches no CUDA runtime, no Triton and starts nothing.
 """
 
+import importlib
+
 from pyops import nn
 from pyops._backends import backend, explain
 from pyops.fuse import fuse, unfuse
@@ -21,6 +23,14 @@ from pyops.ops.squeeze_excite import squeeze_excite
 from pyops.ops.window_attention import window_attention
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """The zoo is imported when it is first spoken of."""
+    if name == "models":
+        return importlib.import_module("pyops.models")
+    raise AttributeError(f"module 'pyops' has no attribute {name!r}")
+
 
 __all__ = [
     "backend",

@@ -121,7 +121,7 @@ ALLOWED = {
     "models": {"pyops", "pyops.nn", "pyops.models"},
     "pyops/testing": {"pyops", "pyops.ops", "pyops.testing", "pyops.nn"},
     "pyops/report": {"pyops", "pyops.report"},
-    "pyops/demo": {"pyops", "pyops.nn", "pyops.report", "pyops.testing", "pyops.demo"},
+    "pyops/demo": {"pyops", "pyops.models", "pyops.nn", "pyops.report", "pyops.testing", "pyops.demo"},
 }
 
 

@@ -1,6 +1,7 @@
 """Drop-in modules: torch's own constructors, parameter names and errors, pyops' kernels."""
 
 from pyops.nn.attention import Attention, DecoderCache, KeyValueCache, MultiheadAttention
+from pyops.nn.chain import Sequential
 from pyops.nn.conv import ConvBNAct, DropPath, SqueezeExcitation, UpsampleConvBNAct
 from pyops.nn.convnext import ConvNeXtBlock
 from pyops.nn.densenet import DenseBlock, DenseLayer, DenseTransition
@@ -22,7 +23,7 @@ from pyops.nn.transformer import Transformer, TransformerDecoder, TransformerDec
 __all__ = [
     "GRU", "LSTM", "RNN", "Attention", "ConvBNAct", "ConvNeXtBlock", "DecoderCache", "DenseBlock", "DenseLayer", "DenseTransition",
     "DropPath", "FusedMBConv", "GRUCell", "KeyValueCache", "LSTMCell", "LayerNorm2d", "LinearAct", "LocalResponseNorm", "MBConv",
-    "MultiheadAttention", "PatchMerging", "PatchMergingV2", "RNNCell", "ShiftedWindowAttention", "ShiftedWindowAttentionV2",
-    "SqueezeExcitation", "SwinTransformerBlock", "SwinTransformerBlockV2", "Transformer", "TransformerDecoder",
+    "MultiheadAttention", "PatchMerging", "PatchMergingV2", "RNNCell", "Sequential", "ShiftedWindowAttention",
+    "ShiftedWindowAttentionV2", "SqueezeExcitation", "SwinTransformerBlock", "SwinTransformerBlockV2", "Transformer", "TransformerDecoder",
     "TransformerDecoderLayer", "TransformerEncoder", "TransformerEncoderLayer", "UpsampleConvBNAct", "WindowAttention",
 ]  # fmt: skip

@@ -76,7 +76,7 @@ class Parts(NamedTuple):
     """What a block's layers are, as kernels take them."""
 
     conv: nn.Conv2d
-    norm: nn.Module
+    norm: nn.Module | None
     activation: str
     upsample: int
     pool: Pool | None
@@ -113,6 +113,20 @@ def pool_of(layer: nn.Module) -> Pool | None:
     pool = Pool(isinstance(layer, nn.MaxPool2d), (kernel[0], kernel[1]), (stride[0], stride[1]), (padding[0], padding[1]))
     within = all(2 * p <= k for k, p in zip(kernel, padding, strict=True))
     return pool if within and _conv_run.pools(pool) else None
+
+
+def parts_of(layers: list[Any], norm: bool) -> Parts | None:
+    """[upsampling,] convolution, batch norm [, activation] [, pooling]; norm: it has to be there."""
+    upsample = upsampling_of(layers[0]) if layers else 0
+    layers = layers[1:] if upsample else layers
+    pool = pool_of(layers[-1]) if layers else None
+    layers = layers[:-1] if pool is not None else layers
+    conv, *rest = layers or [None]
+    normal = rest.pop(0) if rest and type(rest[0]) in (nn.BatchNorm2d, nn.SyncBatchNorm) else None
+    if type(conv) is not nn.Conv2d or (norm and normal is None) or len(rest) > 1:
+        return None
+    activation = name_of(rest[0]) if rest else "none"
+    return None if activation is None else Parts(conv, normal, activation, upsample, pool)
 
 
 class ConvBNAct(Keeps, nn.Sequential):
@@ -172,15 +186,11 @@ class ConvBNAct(Keeps, nn.Sequential):
 
     def parts(self) -> Parts | None:
         """None where layers were replaced by some that kernels cannot stand for."""
-        layers: list[Any] = list(self)
-        upsample = upsampling_of(layers[0]) if layers else 0
-        layers = layers[1:] if upsample else layers
-        pool = pool_of(layers[-1]) if layers else None
-        layers = layers[:-1] if pool is not None else layers
-        if len(layers) not in (2, 3) or type(layers[0]) is not nn.Conv2d or type(layers[1]) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
-            return None
-        activation = "none" if len(layers) == 2 else name_of(layers[2])
-        return None if activation is None else Parts(layers[0], layers[1], activation, upsample, pool)
+        return parts_of(list(self), norm=True)
+
+    def plain_parts(self) -> Parts | None:
+        """None as well where a part is of another class or has hooks."""
+        return self.parts() if is_plain(self, KINDS) else None
 
     @property
     def activation(self) -> Any:
@@ -188,27 +198,36 @@ class ConvBNAct(Keeps, nn.Sequential):
         parts = self.parts()
         return parts.activation if parts is not None and not parts.upsample and parts.pool is None else None
 
-    def run(self, input: Tensor, means: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The block's output and, if asked for, its channel means ``[N, C]``."""
+    def run(self, input: Tensor, means: bool = False, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The block's output and, if asked for, its channel means ``[N, C]``. A residual is added before the activation."""
         conv: Any = self._conv()
         folded = self.folded() if conv is not None and can_fold(conv.weight, input) else None
         around = folded is not None and (folded.call.upsample > 0 or folded.call.pool is not None)
-        if folded is not None and not around and _training.is_depthwise(conv):
+        if folded is not None and not around and residual is None and _training.is_depthwise(conv):
             shape = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
             return run_folded(input, *folded[:2], **shape, activation=folded.activation, means=means, backend=self.backend)
         if folded is not None:
-            output = self.run_dense(input, folded)
+            output = self.run_dense(input, folded, residual=residual)
         elif (
             (parts := self.can_train(input)) is not None
+            and (residual is None or parts.pool is None)
             and _training.gains(parts, self.backend, input)
             and (kernels := _training.kernels_for(self.backend, input)) is not None
         ):
             (cast,) = _conv_call.autocast(input)
             pending = self.convolve(kernels, _training.Pending(cast))
-            output = _conv_call.in_layout_of(_training.finish_pooled(kernels, pending, parts.pool), input)
+            if residual is None:
+                output = _training.finish_pooled(kernels, pending, parts.pool)
+            else:
+                output = _training.finish(kernels, pending, None, _conv_call.autocast(residual)[0])
+            output = _conv_call.in_layout_of(output, input)
         else:
-            output = super().forward(input)
+            output = self.run_layers(input, residual)
         return output, output.mean((2, 3)) if means else None
+
+    def run_layers(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        """One after another, as PyTorch runs them."""
+        return super().forward(input)
 
     def _conv(self) -> nn.Module | None:
         """The convolution, where it is at its place."""
@@ -229,11 +248,11 @@ class ConvBNAct(Keeps, nn.Sequential):
 
     def can_train(self, input: Tensor) -> Parts | None:
         """The layers, where the kernels can stand for them with gradients: none of another kind or with hooks, a plain convolution."""
-        parts = self.parts() if is_plain(self, KINDS) else None
+        parts = self.plain_parts()
         if parts is None:
             return None
         conv: Any = parts.conv
-        plain = conv.padding_mode == "zeros" and conv.bias is None and not isinstance(conv.padding, str)
+        plain = conv.padding_mode == "zeros" and conv.bias is None and not isinstance(conv.padding, str) and parts.norm is not None
         same = input.dtype == conv.weight.dtype or _conv_call.is_autocast(input.device.type)
         return parts if plain and same and input.dim() == 4 and input.shape[1] == conv.in_channels else None
 
@@ -247,14 +266,21 @@ class ConvBNAct(Keeps, nn.Sequential):
         return self._fold() if torch.compiler.is_compiling() else self._kept.get(self, self._fold)
 
     def _fold(self) -> Folded | None:
-        parts = self.parts() if is_plain(self, KINDS) else None
+        parts = self.plain_parts()
         if parts is None:
             return None
         conv: Any = parts.conv
         norm: Any = parts.norm
-        if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or norm.training or norm.running_mean is None:
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return None
-        weight, bias = fold(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+        if norm is not None and (norm.training or norm.running_mean is None):
+            return None
+        if norm is None:
+            kind = torch.promote_types(conv.weight.dtype, torch.float32)
+            weight = conv.weight.detach().to(kind)
+            bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().to(kind)
+        else:
+            weight, bias = fold(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
         number = _activations.NAMES.index(parts.activation)
         call = _training.shape_of(conv)._replace(activation=number, slope=0.01, upsample=parts.upsample, pool=parts.pool)
         return Folded(weight, bias, call, parts.activation, {})
