@@ -26,7 +26,7 @@ def test_every_network_is_described(name):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="no network 'resnet-18'; did you mean"):
-        zoo.create("resnet-18")
+    with pytest.raises(ValueError, match="no network 'lenet-5'; did you mean"):
+        zoo.create("lenet-5")
     with pytest.raises(ValueError, match=r"pyops.models.list\(\) has all names"):
         zoo.create("qqqqqq")
