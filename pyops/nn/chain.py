@@ -76,7 +76,7 @@ class Chained(Keeps):
     """Of modules that run layers of theirs as one: ``self.chain("conv1", "bn1", ADD, "relu")(input, residual)``."""
 
     @property
-    def _kept(self) -> Chains:  # type: ignore[override]
+    def _kept(self) -> Chains:
         return self.__dict__.setdefault("_chains", Chains())
 
     def chain(self, *names: str) -> ConvChain | LinearChain:
