@@ -101,7 +101,7 @@ struct ForwardPass {
   }
 
   // Few rows for a key head: packing would cost more than the products, so keys and values are read where they lie.
-  bool in_place(const Sequence& q) const { return std::is_same_v<S, float> && p.D % kF == 0 && q.rows * (p.H / p.G) <= kFewRows; }
+  bool in_place(const Sequence& q) const { return p.D % kF == 0 && q.rows * (p.H / p.G) <= kFewRows; }
   // Products of `rows` rows with the keys of columns begin..end, four at a time (beyond the last: the last again).
   void multiply_keys(const S* query, int64_t rows, const S* keys, int64_t begin, int64_t end, float* out) const {
     for (int64_t j = begin; j < end; j += 4)
@@ -116,6 +116,29 @@ struct ForwardPass {
         float sums[4];
         sum_lanes(sum, sums);
         __builtin_memcpy(out + r * lds + j, sums, sizeof sums);
+      }
+  }
+
+  // Adds values of columns begin..end by their weights, which took the scores' place, to the rows' outputs.
+  void multiply_values(const Member& me, int64_t rows, const S* values, int64_t begin, int64_t end, float* out) const {
+    if constexpr (std::is_same_v<S, float>)
+      return multiply<float>(rows, width / kF, me.scores + begin, lds, 1, values, p.value.row, end - begin, out, width, !single);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t d = 0; d < p.D; d += 4 * kF) {
+        const int vectors = static_cast<int>(p.D - d < 4 * kF ? (p.D - d) / kF : 4);
+        vf total[4] = {};
+        for (int v = 0; v < vectors && !single; ++v) total[v] = load(out + r * width + d + v * kF);
+        for (int64_t k = begin; k < end;) {
+          vf sum[4] = {};
+          for (const int64_t stop = k + kSum < end ? k + kSum : end; k < stop; ++k) {
+            const vf w = splat<float>(me.scores[r * lds + k]);
+            const S* from = values + (k - begin) * p.value.row + d;
+            for (int v = 0; v < 4; ++v)
+              if (v < vectors) sum[v] += w * load_as(from + v * kF, float{});
+          }
+          for (int v = 0; v < 4; ++v) total[v] += sum[v];
+        }
+        for (int v = 0; v < vectors; ++v) store(out + r * width + d + v * kF, total[v]);
       }
   }
 
@@ -149,10 +172,11 @@ struct ForwardPass {
   // A score under the maximum, exact where it is the maximum itself. Plain ones are scaled only here.
   vf below(vf x, float maximum) const { return kPlain ? (x - maximum) * p.scale : x - maximum; }
 
-  // Scores -> weights; the row's outputs so far are scaled to its new maximum.
-  void softmax(const Member& me, int64_t s, int64_t head, int64_t row, int64_t r, int64_t slot, int64_t first, Columns run,
-               float now) const {
-    const float *x = me.scores + r * lds, before = me.maximum[slot], maximum = before > now ? before : now;
+  // Scores -> weights, floats in their place where `direct`; the row's outputs so far are scaled to its new maximum.
+  void softmax(const Member& me, int64_t s, int64_t head, int64_t row, int64_t r, int64_t slot, int64_t first, Columns run, float now,
+               bool direct) const {
+    float* x = me.scores + r * lds;
+    const float before = me.maximum[slot], maximum = before > now ? before : now;
     float* weights = me.weights + r * lds / kPair<E>;
     const float base = maximum == -kInfinity ? 0.f : maximum;
     vf sum{};
@@ -170,7 +194,8 @@ struct ForwardPass {
       vf w = exp_weight(below(load(x + c), base));
       sum += w;
       if (p.seed) w *= load(me.keep + c - run.begin);
-      put_lanes<E>(weights, c, w);
+      if (direct) store(x + c, w);
+      else put_lanes<E>(weights, c, w);
     }
     me.maximum[slot] = maximum;
     store(me.sums + slot * kF, sum);
@@ -199,14 +224,14 @@ struct ForwardPass {
       const Columns own = within(seen_by(p, q, i0 + r, i0 + r), first, first + count);
       most[r] = find_maximum(me, q, s, head, i0 + r, r, first, run, own);
     }
-    for (int64_t r = 0; r < rows; ++r) softmax(me, s, head, i0 + r, r, slot + r, first, run, most[r]);
-    const int64_t from = run.begin / kPair<E>, to = lanes_of<E>(seen.end);
-    const float* values = me.values + from * width;
-    if constexpr (std::is_same_v<S, float>) {
-      if (direct) values = at<S>(p.value, q.batch, head * p.G / p.H, q.first_column + first + from);
+    for (int64_t r = 0; r < rows; ++r) softmax(me, s, head, i0 + r, r, slot + r, first, run, most[r], direct);
+    if (direct) {
+      const S* values = at<S>(p.value, q.batch, head * p.G / p.H, q.first_column + first + seen.begin);
+      return multiply_values(me, rows, values, seen.begin, seen.end, me.out + slot * width);
     }
-    multiply<E>(rows, width / kF, me.weights + from, lds / kPair<E>, 1, values, direct ? p.value.row : width, to - from,
-                me.out + slot * width, width, !single);
+    const int64_t from = run.begin / kPair<E>, to = lanes_of<E>(seen.end);
+    multiply<E>(rows, width / kF, me.weights + from, lds / kPair<E>, 1, me.values + from * width, width, to - from, me.out + slot * width,
+                width, !single);
   }
 
   // Outputs and lse of rows begin..end, whose state is at slot 0 and on.
