@@ -1,5 +1,6 @@
 // Attention on the CPU: the cut of the work, the zeros of rows that no sequence has, and the kernel of the machine's instruction set.
 #include "attention_cpu.h"
+#include "../common/isa.h"
 
 #include <algorithm>
 #include <cstring>
@@ -10,26 +11,6 @@ namespace pyops::attention {
 namespace {
 
 constexpr int64_t kPerThread = 400000;  // products, about 5 us
-
-struct Kernels {
-  void (*forward)(const Attention&, const Place*, int);
-  void (*backward)(const AttentionGradient&, const BackwardPlan&);
-};
-#define PYOPS_TABLE(isa) \
-  Kernels { isa::attention_forward, isa::attention_backward }
-
-const Kernels& kernels() {
-  static const Kernels table = [] {
-#if defined(__x86_64__)
-    switch (cpu::cpu_isa()[3]) {  // "avx512", "avx2", "baseline"
-      case '5': return PYOPS_TABLE(avx512);
-      case '2': return PYOPS_TABLE(avx2);
-    }
-#endif
-    return PYOPS_TABLE(baseline);
-  }();
-  return table;
-}
 
 // Work of some rows of one head, in columns seen, and in what a row costs by itself.
 int64_t cost_of(const Attention& p, const Sequence& q, int64_t begin, int64_t end) {
@@ -165,7 +146,7 @@ void attention_cpu(const Attention& p) {
   if (p.S == 0) return;
   int threads = 1;
   const std::vector<Place> cuts = cut_forward(p, threads);
-  kernels().forward(p, cuts.data(), threads);
+  PYOPS_CPU_KERNEL(attention_forward)(p, cuts.data(), threads);
 }
 
 void attention_gradient_cpu(const AttentionGradient& a) {
@@ -179,7 +160,7 @@ void attention_gradient_cpu(const AttentionGradient& a) {
     const int64_t* sizes = p.bias.sizes;
     std::memset(a.grad_bias, 0, sizes[0] * sizes[1] * sizes[2] * sizes[3] * sizeof(float));
   }
-  if (p.S > 0) kernels().backward(a, plan);
+  if (p.S > 0) PYOPS_CPU_KERNEL(attention_backward)(a, plan);
 }
 
 }  // namespace pyops::attention

@@ -1,30 +1,11 @@
 // Window attention on the CPU: the cut of the gradient's work, and the kernels of the machine's instruction set.
 #include "window_attention_cpu.h"
+#include "../common/isa.h"
 
 #include <algorithm>
 
 namespace pyops::attention {
 namespace {
-
-struct Kernels {
-  void (*forward)(const WindowAttention&);
-  void (*gradient)(const WindowAttention&);
-};
-#define PYOPS_TABLE(isa) \
-  Kernels { isa::window_attention, isa::window_attention_gradient }
-
-const Kernels& kernels() {
-  static const Kernels table = [] {
-#if defined(__x86_64__)
-    switch (cpu::cpu_isa()[3]) {  // "avx512", "avx2", "baseline"
-      case '5': return PYOPS_TABLE(avx512);
-      case '2': return PYOPS_TABLE(avx2);
-    }
-#endif
-    return PYOPS_TABLE(baseline);
-  }();
-  return table;
-}
 
 int threads_for(const WindowAttention& p, int64_t units, int64_t flops_a_pair) {
   constexpr int64_t kShare = 1 << 19;  // flops worth a thread: some 10 us
@@ -48,7 +29,7 @@ WindowPlan plan_windows(const WindowAttention& p, int64_t head_bytes) {
   return plan;
 }
 
-void window_attention_cpu(const WindowAttention& p) { kernels().forward(p); }
-void window_attention_gradient_cpu(const WindowAttention& p) { kernels().gradient(p); }
+void window_attention_cpu(const WindowAttention& p) { PYOPS_CPU_KERNEL(window_attention)(p); }
+void window_attention_gradient_cpu(const WindowAttention& p) { PYOPS_CPU_KERNEL(window_attention_gradient)(p); }
 
 }  // namespace pyops::attention

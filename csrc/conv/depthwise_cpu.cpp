@@ -1,29 +1,12 @@
 // Depthwise convolution on the CPU: checks, the cut of the work, and the kernel of the machine's instruction set.
 #include "depthwise_cpu.h"
+#include "../common/isa.h"
 
 #include <algorithm>
 #include <stdexcept>
 
 namespace pyops::conv {
 namespace {
-
-struct Kernels {
-  void (*forward)(const DepthwiseForward&, const DepthwisePrologue&);
-  void (*backward)(const DepthwiseBackward&, const DepthwisePrologue&);
-};
-
-const Kernels& kernels() {
-  static const Kernels table = [] {
-#if defined(__x86_64__)
-    switch (cpu::cpu_isa()[3]) {  // "avx512", "avx2", "baseline"
-      case '5': return Kernels{avx512::depthwise_forward, avx512::depthwise_backward};
-      case '2': return Kernels{avx2::depthwise_forward, avx2::depthwise_backward};
-    }
-#endif
-    return Kernels{baseline::depthwise_forward, baseline::depthwise_backward};
-  }();
-  return table;
-}
 
 void check(const DepthwiseShape& s) {
   const bool sizes = s.N >= 0 && s.H >= 0 && s.W >= 0 && s.C >= 0 && s.OH >= 0 && s.OW >= 0 && s.KH >= 1 && s.KW >= 1;
@@ -52,12 +35,12 @@ DepthwisePlan plan_depthwise(const DepthwiseShape& s, int64_t block_bytes) {
 
 void depthwise_forward_cpu(const DepthwiseForward& p, const DepthwisePrologue& before) {
   check(p.s);
-  kernels().forward(p, before);
+  PYOPS_CPU_KERNEL(depthwise_forward)(p, before);
 }
 
 void depthwise_backward_cpu(const DepthwiseBackward& p, const DepthwisePrologue& before) {
   check(p.s);
-  kernels().backward(p, before);
+  PYOPS_CPU_KERNEL(depthwise_backward)(p, before);
 }
 
 }  // namespace pyops::conv

@@ -1,6 +1,7 @@
 // MBConv on the CPU: packing (one layout for every instruction set, but for bfloat16 pairs), checks, and the kernel of the machine's
 // instruction set.
 #include "mbconv_cpu.h"
+#include "../common/isa.h"
 
 #include <algorithm>
 #include <cstring>
@@ -128,13 +129,7 @@ void mbconv_forward_cpu(const MBConvForward& p) {
   std::memcpy(&header, p.packed, sizeof header);
   const bool pairs = header.pairs != 0;
   if (pairs && (p.dtype != DType::bf16 || !mbconv_packs_pairs())) throw std::runtime_error("mbconv: bfloat16 weights need bfloat16 input");
-#if defined(__x86_64__)
-  switch (cpu::cpu_isa()[3]) {
-    case '5': return avx512::mbconv_forward(p, pairs);
-    case '2': return avx2::mbconv_forward(p, pairs);
-  }
-#endif
-  baseline::mbconv_forward(p, pairs);
+  PYOPS_CPU_KERNEL(mbconv_forward)(p, pairs);
 }
 
 }  // namespace pyops::conv

@@ -1,5 +1,6 @@
 // 1x1 convolution on the CPU: the cut of the work, and the kernel of the machine's instruction set.
 #include "pointwise_cpu.h"
+#include "../common/isa.h"
 
 #include <algorithm>
 
@@ -27,30 +28,8 @@ PointwiseBackwardPlan plan_pointwise_backward(const PointwiseBackward& p) {
   return plan;
 }
 
-void pointwise_backward_cpu(const PointwiseBackward& p) {
-  static void (*const kernel)(const PointwiseBackward&) = [] {
-#if defined(__x86_64__)
-    switch (cpu::cpu_isa()[3]) {
-      case '5': return avx512::pointwise_backward;
-      case '2': return avx2::pointwise_backward;
-    }
-#endif
-    return baseline::pointwise_backward;
-  }();
-  kernel(p);
-}
+void pointwise_backward_cpu(const PointwiseBackward& p) { PYOPS_CPU_KERNEL(pointwise_backward)(p); }
 
-void pointwise_cpu(const Pointwise& p) {
-  static void (*const kernel)(const Pointwise&) = [] {
-#if defined(__x86_64__)
-    switch (cpu::cpu_isa()[3]) {  // "avx512", "avx2", "baseline"
-      case '5': return avx512::pointwise;
-      case '2': return avx2::pointwise;
-    }
-#endif
-    return baseline::pointwise;
-  }();
-  kernel(p);
-}
+void pointwise_cpu(const Pointwise& p) { PYOPS_CPU_KERNEL(pointwise)(p); }
 
 }  // namespace pyops::conv

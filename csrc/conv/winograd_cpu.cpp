@@ -1,5 +1,6 @@
 // Winograd convolution on the CPU: the cut of the work, and the kernel of the machine's instruction set.
 #include "winograd_cpu.h"
+#include "../common/isa.h"
 
 #include <algorithm>
 
@@ -24,24 +25,8 @@ WinogradPlan plan_winograd(const Winograd& p) {
   return plan;
 }
 
-void winograd_pack(const WinogradFilter& p) {
-#if defined(__x86_64__)
-  switch (cpu::cpu_isa()[3]) {  // "avx512", "avx2", "baseline"
-    case '5': return avx512::winograd_filter(p);
-    case '2': return avx2::winograd_filter(p);
-  }
-#endif
-  baseline::winograd_filter(p);
-}
+void winograd_pack(const WinogradFilter& p) { PYOPS_CPU_KERNEL(winograd_filter)(p); }
 
-void winograd_cpu(const Winograd& p) {
-#if defined(__x86_64__)
-  switch (cpu::cpu_isa()[3]) {
-    case '5': return avx512::winograd(p);
-    case '2': return avx2::winograd(p);
-  }
-#endif
-  baseline::winograd(p);
-}
+void winograd_cpu(const Winograd& p) { PYOPS_CPU_KERNEL(winograd)(p); }
 
 }  // namespace pyops::conv

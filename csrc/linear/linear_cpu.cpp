@@ -1,5 +1,6 @@
 // The linear layer of a few rows on the CPU: how many threads, and the kernel of the machine's instruction set.
 #include "linear_cpu.h"
+#include "../common/isa.h"
 
 #include <algorithm>
 
@@ -9,13 +10,7 @@ void linear_cpu(const Linear& p) {
   constexpr int64_t kPerThread = 64 << 10;  // bytes of weights: about 2 us
   const int64_t bytes = p.N * p.K * (p.dtype == DType::f32 ? 4 : 2);
   const int threads = static_cast<int>(std::clamp<int64_t>(bytes / kPerThread, 1, cpu::max_threads()));
-#if defined(__x86_64__)
-  switch (cpu::cpu_isa()[3]) {  // "avx512", "avx2", "baseline"
-    case '5': return avx512::linear(p, threads);
-    case '2': return avx2::linear(p, threads);
-  }
-#endif
-  baseline::linear(p, threads);
+  PYOPS_CPU_KERNEL(linear)(p, threads);
 }
 
 }  // namespace pyops::linear

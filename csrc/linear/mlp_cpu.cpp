@@ -1,5 +1,6 @@
 // The fused MLP on the CPU: the layout of packed weights, how many threads, and the kernel of the machine's instruction set.
 #include "mlp_cpu.h"
+#include "../common/isa.h"
 
 #include <algorithm>
 
@@ -17,26 +18,14 @@ bool mlp_packs_pairs(DType weights) { return weights == DType::bf16 && cpu::cpu_
 
 void mlp_pack(const MlpSizes& s, const MlpWeights& w, float* packed) {
   const bool pairs = mlp_packs_pairs(w.dtype);
-#if defined(__x86_64__)
-  switch (cpu::cpu_isa()[3]) {
-    case '5': return avx512::mlp_weights(s, w, pairs, packed);
-    case '2': return avx2::mlp_weights(s, w, pairs, packed);
-  }
-#endif
-  baseline::mlp_weights(s, w, pairs, packed);
+  PYOPS_CPU_KERNEL(mlp_weights)(s, w, pairs, packed);
 }
 
 void mlp_cpu(const Mlp& p) {
   constexpr int64_t kPerThread = 400000;  // products, about 5 us
   const int64_t work = p.M * p.sizes.H * (p.sizes.C + p.sizes.O) / kPerThread;
   const int threads = static_cast<int>(std::clamp<int64_t>(work, 1, std::min<int64_t>(cpu::max_threads(), p.M)));
-#if defined(__x86_64__)
-  switch (cpu::cpu_isa()[3]) {
-    case '5': return avx512::mlp(p, threads);
-    case '2': return avx2::mlp(p, threads);
-  }
-#endif
-  baseline::mlp(p, threads);
+  PYOPS_CPU_KERNEL(mlp)(p, threads);
 }
 
 }  // namespace pyops::linear

@@ -1,5 +1,6 @@
 // layer_forward and layer_backward on the CPU: pick the kernel of the cell and of the machine's instruction set.
 #include "rnn_cpu.h"
+#include "../common/isa.h"
 
 #include <algorithm>
 #include <numeric>
@@ -7,30 +8,6 @@
 
 namespace pyops::rnn {
 namespace {
-
-struct Kernels {
-  void (*forward[3])(const LayerForward&);
-  void (*backward[3])(const LayerBackward&);
-};
-#define PYOPS_RNN_TABLE(isa)                                                                                              \
-  Kernels {                                                                                                               \
-    {isa::lstm_forward, isa::gru_forward, isa::rnn_forward}, { isa::lstm_backward, isa::gru_backward, isa::rnn_backward } \
-  }
-
-const Kernels& kernels() {
-  static const Kernels table = [] {
-#if defined(__x86_64__)
-    switch (cpu::cpu_isa()[3]) {  // "avx512", "avx2", "baseline"
-      case '5': return PYOPS_RNN_TABLE(avx512);
-      case '2': return PYOPS_RNN_TABLE(avx2);
-    }
-#endif
-    return PYOPS_RNN_TABLE(baseline);
-  }();
-  return table;
-}
-
-int family(Cell cell) { return cell == Cell::lstm ? 0 : cell == Cell::gru || cell == Cell::gru_reset_before ? 1 : 2; }
 
 void check(int64_t T, int64_t B, int64_t I, int64_t H, const int64_t* lengths) {
   if (T < 0 || B < 0 || I < 0 || H < 1) throw std::runtime_error("recurrent layer: need T, B, I >= 0 and H >= 1");
@@ -60,12 +37,22 @@ Split choose_split(int64_t panels, int64_t rows, int threads) {
 
 void layer_forward(const LayerForward& p) {
   check(p.T, p.B, p.I, p.H, p.lengths);
-  kernels().forward[family(p.cell)](p);
+  switch (p.cell) {
+    case Cell::lstm: return PYOPS_CPU_KERNEL(lstm_forward)(p);
+    case Cell::gru:
+    case Cell::gru_reset_before: return PYOPS_CPU_KERNEL(gru_forward)(p);
+    default: return PYOPS_CPU_KERNEL(rnn_forward)(p);
+  }
 }
 
 void layer_backward(const LayerBackward& p) {
   check(p.T, p.B, p.I, p.H, p.lengths);
-  kernels().backward[family(p.cell)](p);
+  switch (p.cell) {
+    case Cell::lstm: return PYOPS_CPU_KERNEL(lstm_backward)(p);
+    case Cell::gru:
+    case Cell::gru_reset_before: return PYOPS_CPU_KERNEL(gru_backward)(p);
+    default: return PYOPS_CPU_KERNEL(rnn_backward)(p);
+  }
 }
 
 }  // namespace pyops::rnn
