@@ -8,6 +8,7 @@ from pyops.nn.densenet import DenseBlock, DenseLayer, DenseTransition
 from pyops.nn.linear import LinearAct
 from pyops.nn.mbconv import FusedMBConv, MBConv
 from pyops.nn.norm import LayerNorm2d, LocalResponseNorm
+from pyops.nn.resnet import BasicBlock, Bottleneck
 from pyops.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from pyops.nn.swin import (
     PatchMerging,
@@ -21,7 +22,8 @@ from pyops.nn.swin import (
 from pyops.nn.transformer import Transformer, TransformerDecoder, TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
-    "GRU", "LSTM", "RNN", "Attention", "ConvBNAct", "ConvNeXtBlock", "DecoderCache", "DenseBlock", "DenseLayer", "DenseTransition",
+    "GRU", "LSTM", "RNN", "Attention", "BasicBlock", "Bottleneck", "ConvBNAct", "ConvNeXtBlock", "DecoderCache", "DenseBlock",
+    "DenseLayer", "DenseTransition",
     "DropPath", "FusedMBConv", "GRUCell", "KeyValueCache", "LSTMCell", "LayerNorm2d", "LinearAct", "LocalResponseNorm", "MBConv",
     "MultiheadAttention", "PatchMerging", "PatchMergingV2", "RNNCell", "Sequential", "ShiftedWindowAttention",
     "ShiftedWindowAttentionV2", "SqueezeExcitation", "SwinTransformerBlock", "SwinTransformerBlockV2", "Transformer", "TransformerDecoder",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from pyops.nn._derived import Derived, Keeps, has_hooks, is_plain
 from pyops.nn.conv import KINDS, ConvBNAct, Parts, name_of, parts_of, pool_of, upsampling_of
 from pyops.nn.linear import run_kept
+from pyops.ops import _conv_call
 
 ADD = "+"  # among the names of a chain's layers: where a residual is added
 
@@ -17,11 +20,12 @@ ADD = "+"  # among the names of a chain's layers: where a residual is added
 class ConvChain(ConvBNAct):
     """A view of layers that belong elsewhere: [upsampling,] convolution [, batch norm] [, + residual] [, activation] [, pooling].
 
-    ``before``: how many layers come before the residual is added. What kernels cannot stand for (a replaced layer, hooks, `torch.compile`)
-    runs layer by layer. The view holds the very layers, registers nothing with their owner and is never saved or copied with it.
+    ``before``: how many layers come before the residual is added, None without one. What kernels cannot stand for (a replaced layer,
+    hooks, a residual at another place) runs layer by layer; `torch.nn.Identity` stands for nothing. The view holds the very layers,
+    registers nothing with their owner and is never saved or copied with it.
     """
 
-    def __init__(self, layers: list[nn.Module], before: int):
+    def __init__(self, layers: list[nn.Module], before: int | None):
         nn.Sequential.__init__(self, *layers)
         self.before = before
         self.backend = None
@@ -29,22 +33,24 @@ class ConvChain(ConvBNAct):
         self._place = 1 if upsampling_of(layers[0]) else 0
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if torch.compiler.is_compiling() or input.dim() != 4:
+        if input.dim() != 4 or (residual is not None and not _fits(input, residual)):
             return self.run_layers(input, residual)
         return self.run(input, residual=residual)[0]
 
     def parts(self) -> Parts | None:
-        return parts_of(list(self), norm=False)
+        layers = list(self)
+        parts = parts_of([layer for layer in layers if type(layer) is not nn.Identity], norm=False)
+        if parts is None or self.before is None:
+            return parts
+        early, late = layers[: self.before], layers[self.before :]
+        ends = any(name_of(layer) is not None or pool_of(layer) is not None for layer in early)
+        return None if ends or any(layer is parts.conv or layer is parts.norm for layer in late) else parts
 
     def plain_parts(self) -> Parts | None:
-        return self.parts() if is_plain(self, (ConvChain, *KINDS)) else None
+        return self.parts() if is_plain(self, (ConvChain, nn.Identity, *KINDS)) else None
 
     def run_layers(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        y = input
-        for place, layer in enumerate(self):
-            y = y + residual if place == self.before and residual is not None else y
-            y = layer(y)
-        return y + residual if self.before == len(self) and residual is not None else y
+        return _run_layers(list(self), self.before, input, residual)
 
 
 class LinearChain(Keeps, nn.Sequential):
@@ -79,13 +85,16 @@ class Chained(Keeps):
     def _kept(self) -> Chains:
         return self.__dict__.setdefault("_chains", Chains())
 
-    def chain(self, *names: str) -> ConvChain | LinearChain:
+    def chain(self, *names: str) -> Callable[..., Tensor]:
         """The view of the layers of those names as they are now; ADD stands where a residual comes in."""
         modules: dict[str, Any] = self._modules  # type: ignore[attr-defined]
         layers = [modules[name] for name in names if name != ADD]
+        before = names.index(ADD) if ADD in names else None
+        if torch.compiler.is_compiling():
+            return partial(_run_layers, layers, before)
         found = self._kept.get(names)
         if found is None or not _same(layers, found):
-            found = self._kept[names] = _view(layers, names.index(ADD) if ADD in names else len(layers))
+            found = self._kept[names] = _view(layers, before)
         return found
 
 
@@ -111,7 +120,19 @@ def _same(layers: list[nn.Module], before) -> bool:
     return all(a is b for a, b in zip(layers, before, strict=True))
 
 
-def _view(layers: list[nn.Module], before: int) -> ConvChain | LinearChain:
+def _fits(input: Tensor, residual: Tensor) -> bool:
+    """Whether kernels add the residual as PyTorch would: another dtype would widen the sum."""
+    return residual.dim() == 4 and _conv_call.autocast(residual)[0].dtype == residual.dtype == _conv_call.autocast(input)[0].dtype
+
+
+def _run_layers(layers: list[nn.Module], before: int | None, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    y = input
+    for place, layer in enumerate(layers):
+        y = layer(y if place != before or residual is None else y + residual)
+    return y + residual if before == len(layers) and residual is not None else y
+
+
+def _view(layers: list[nn.Module], before: int | None) -> ConvChain | LinearChain:
     return LinearChain(layers) if type(layers[0]) is nn.Linear else ConvChain(layers, before)
 
 
@@ -121,7 +142,7 @@ def _grouped(layers: list[nn.Module]) -> list[nn.Module]:
     i = 0
     while i < len(layers):
         count = _run_length(layers[i:])
-        steps.append(_view(layers[i : i + count], count) if count else layers[i])
+        steps.append(_view(layers[i : i + count], None) if count else layers[i])
         i += count or 1
     return steps
 
