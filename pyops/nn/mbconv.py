@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from pyops import _backends, _library
 from pyops.nn import _training
 from pyops.nn._derived import Derived, Keeps, has_hooks, is_plain
+from pyops.nn.chain import Chained, ConvChain
 from pyops.nn.conv import KINDS, ConvBNAct, DropPath, Folded, SqueezeExcitation, can_fold
 from pyops.ops import _activations, _conv_call, _expand_depthwise_ops, _mbconv_ops, _pointwise_ops  # noqa: F401  (registers the ops)
 
-PARTS = (*KINDS, SqueezeExcitation, nn.Sequential, nn.AdaptiveAvgPool2d)
+PARTS = (*KINDS, ConvChain, SqueezeExcitation, nn.Sequential, nn.AdaptiveAvgPool2d)
 
 
 def finish_block(block: MBConv | FusedMBConv, kernels, pending: _training.Pending, input: Tensor) -> Tensor:
@@ -203,6 +204,39 @@ class MBConv(Keeps, nn.Module):
             raise ValueError(f"MBConv: input: expected [N, {first[0].in_channels}, H, W], got shape {tuple(input.shape)}")
         output = torch.ops.pyops.mbconv_infer.default(input, packed, *options)
         return output if input.is_contiguous(memory_format=torch.channels_last) else output.contiguous()
+
+
+class _View(MBConv):
+    """A block of layers that belong elsewhere: [expand,] depthwise, and the last convolution and its batch norm on their own."""
+
+    def __init__(self, layers: list[Any], adds: bool):
+        nn.Module.__init__(self)
+        *wide, conv, norm = layers
+        self.block = nn.Sequential(*wide, ConvChain([conv, norm], 2))
+        self.stochastic_depth = DropPath()
+        self.use_res_connect, self.expands = adds, len(wide) == 2
+        self.kinds = tuple(type(layer) for layer in self.block)
+        self.out_channels, self.backend = conv.out_channels, None
+        self._kept = Derived()
+
+
+VIEWED = (ConvBNAct, ConvBNAct, nn.Conv2d, nn.BatchNorm2d)
+
+
+class BlockView(Chained):
+    """Of modules that own an `MBConv`'s layers under other names: in one Sequential, without squeeze-excitation and drop path."""
+
+    def run_block(self, layers: nn.Sequential, adds: bool, input: Tensor) -> Tensor:
+        """``layers(input)``, with the input added where `adds`, as one block where the layers are what it knows."""
+        parts = list(layers)
+        kinds = tuple(type(part) for part in parts)
+        if torch.compiler.is_compiling() or has_hooks(layers) or kinds not in (VIEWED, VIEWED[1:]):
+            return input + layers(input) if adds else layers(input)
+        before, view = self._kept.get("block", ([], None))
+        if before != parts:
+            view = _View(parts, adds)
+            self._kept["block"] = parts, view
+        return view(input)
 
 
 class FusedMBConv(nn.Module):
