@@ -15,6 +15,7 @@ from pyops.ops.flash_attention import flash_attention
 from pyops.ops.gru import fused_gru, gru_cell
 from pyops.ops.layer_norm_2d import layer_norm_2d
 from pyops.ops.linear_act import linear_act
+from pyops.ops.linear_cross_entropy import linear_cross_entropy
 from pyops.ops.local_response_norm import local_response_norm
 from pyops.ops.lstm import fused_lstm, lstm_cell
 from pyops.ops.pointwise_conv import pointwise_conv
@@ -47,6 +48,7 @@ __all__ = [
     "gru_cell",
     "layer_norm_2d",
     "linear_act",
+    "linear_cross_entropy",
     "local_response_norm",
     "lstm_cell",
     "nn",

@@ -30,6 +30,7 @@ from pyops.ops import (  # noqa: F401  (registers the ops that `Kernels` looks u
     _channel_ops,
     _composed_ops,
     _conv_call,
+    _cross_entropy_ops,
     _dense_ops,
     _depthwise_ops,
     _groups,
@@ -46,6 +47,7 @@ _PARTS = (
     "conv_run", "conv_transpose_run", "conv_wgrad", "pool_run", "pool_reduce", "pool_grad",
     "lrn_run", "lrn_grad", "layer_norm_run", "layer_norm_grad",
     "attention_into", "attention_grad_into", "window_attention_into", "window_attention_grad_into",
+    "cross_entropy_rows_",
 )  # fmt: skip
 _SMALL = ("channel_norm", "channel_affine", "channel_terms")  # whose default overload serves every backend
 
