@@ -27,6 +27,7 @@ from .inception import Inception3, InceptionOutputs, inception_v3
 from .lenet import LeNet, lenet, lenet5
 from .mobilenet import MobileNetV2, mobilenet_v2
 from .resnet import ResNet, resnet18, resnet18_no_bn, resnet34, resnet50, resnet101, resnet152
+from .sequence import LanguageModel, TimeSeries, language_model, time_series
 from .swin import SwinTransformer, swin_b, swin_s, swin_t, swin_v2_b, swin_v2_s, swin_v2_t
 from .vgg import VGG, vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn, vgg_compact
 from .vit import VisionTransformer, vit_b_16, vit_b_32, vit_l_16
@@ -45,4 +46,5 @@ __all__ = [  # noqa: RUF022  (by network)
     "ConvNeXt", "convnext_tiny", "convnext_small", "convnext_base",
     "VisionTransformer", "vit_b_16", "vit_b_32", "vit_l_16",
     "SwinTransformer", "swin_t", "swin_s", "swin_b", "swin_v2_t", "swin_v2_s", "swin_v2_b",
+    "LanguageModel", "TimeSeries", "language_model", "time_series",
 ]  # fmt: skip

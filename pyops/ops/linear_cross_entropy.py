@@ -13,6 +13,7 @@ from pyops.ops import _channel_ops, _conv_call, _cross_entropy_train, _fused_ops
 
 OP = "linear_cross_entropy"
 REDUCTIONS = _cross_entropy_train.REDUCTIONS
+FEW = 1 << 19  # logits, of which PyTorch's ops take no longer: 2048 x 256 was a draw, 512 x 2000 took 0.67 of its time (Zen 4, one thread)
 
 
 def linear_cross_entropy(
@@ -58,10 +59,10 @@ def linear_cross_entropy(
     check(input, weight, target, bias, ignore_index, label_smoothing, reduction, softcap)
     cast: Any = _conv_call.autocast(input, weight, bias)
     input, weight, bias = cast
-    name = _conv_call.choose(OP, backend, input)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, weight, bias)]
+    name = _choose(backend, input, weight, reduction, any(needs))
     if name == "eager":
         return _eager(input, weight, target, bias, ignore_index, label_smoothing, reduction, softcap)
-    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, weight, bias)]
     kernels = _fused_ops.KERNELS[_conv_call.overload(name)]
     rows, classes = input.reshape(-1, weight.shape[1]), target.reshape(-1)
     options = ignore_index, float(label_smoothing), float(softcap or 0.0), REDUCTIONS.index(reduction), needs
@@ -75,6 +76,29 @@ def _eager(input, weight, target, bias, ignore_index, label_smoothing, reduction
     y = y if softcap is None else softcap * torch.tanh(y / softcap)
     loss = F.cross_entropy(y, target.reshape(-1), ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
     return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _order(input: Tensor, weight: Tensor, reduction: str, live: bool) -> tuple[str, ...]:
+    """What "auto" tries. PyTorch's ops for logits that are few and, on a GPU or where gradients would compute them again, for those that a
+    chunk holds; beyond, memory counts."""
+    ours = ("cuda", "triton") if input.device.type == "cuda" else ("cpu",)
+    logits = input.numel() // weight.shape[1] * weight.shape[0]
+    again = live and not _cross_entropy_train.is_ahead(input.dtype, REDUCTIONS.index(reduction))
+    held = (input.is_cuda or again) and logits * input.element_size() <= _cross_entropy_train.CHUNK_BYTES
+    return ("eager", *ours) if held or logits < FEW or _conv_call.is_recorded() else (*ours, "eager")
+
+
+def _unsupported(input: Tensor, backend: str) -> str | None:
+    return _conv_call.unsupported(input.device.type, input.dtype, backend)
+
+
+def _choose(backend: str | None, input: Tensor, weight: Tensor, reduction: str, live: bool) -> str:
+    wish = _backends.requested(backend)
+    order = _order(input, weight, reduction, live) if wish == "auto" else ()
+    name = _backends.select(OP, wish, order, lambda name: _unsupported(input, name))
+    if not torch.compiler.is_compiling():
+        _backends.log_choice(OP, input.device.type, name)
+    return name
 
 
 def check(input, weight, target, bias, ignore_index, label_smoothing, reduction, softcap) -> None:
@@ -115,7 +139,8 @@ def _explain(
 ):  # fmt: skip
     check(input, weight, target, bias, ignore_index, label_smoothing, reduction, softcap)
     facts = f"{input.device.type}, {str(input.dtype)[6:]}, shape {tuple(input.shape)}, {weight.shape[0]} classes"
-    return _conv_call.explain(OP, facts, backend, input)
+    order = _order(input, weight, reduction, _conv_call.needs_grad(input, weight, bias))
+    return _backends.build_explanation(OP, facts, _backends.requested(backend), order, lambda name: _unsupported(input, name))
 
 
 _backends.EXPLAINERS[OP] = _explain
