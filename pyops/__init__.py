@@ -12,6 +12,7 @@ from pyops.ops.batch_norm_act import batch_norm_act
 from pyops.ops.conv_bn_act import conv_bn_act, conv_transpose_bn_act
 from pyops.ops.depthwise_conv import depthwise_conv_bn_act
 from pyops.ops.flash_attention import flash_attention
+from pyops.ops.gaussian_sample import gaussian_sample
 from pyops.ops.gru import fused_gru, gru_cell
 from pyops.ops.layer_norm_2d import layer_norm_2d
 from pyops.ops.linear_act import linear_act
@@ -45,6 +46,7 @@ __all__ = [
     "fused_gru",
     "fused_lstm",
     "fused_rnn",
+    "gaussian_sample",
     "gru_cell",
     "layer_norm_2d",
     "linear_act",

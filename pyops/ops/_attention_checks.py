@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyops.ops import _conv_call
+from pyops.ops import _conv_call, _philox
 from pyops.ops._attention_reference import Options
 
 _UNBOUNDED = -1
@@ -38,7 +38,7 @@ def prepare(
         _check_ragged_bias(op, bias, spans)
     slopes = _slopes(op, alibi_slopes, query, sequences, H)
     options = _options(op, is_causal, scale, window, softcap, dropout_p, D)
-    return make(query, key, value, bias, slopes, spans, as_seed(op, seed, query), options)
+    return make(query, key, value, bias, slopes, spans, _philox.as_seed(op, seed, query), options)
 
 
 def _check_kinds(op: str, query, key, value, ragged: bool) -> None:
@@ -215,23 +215,8 @@ def check_dropout(op: str, dropout_p) -> float:
     return value
 
 
-def as_seed(op: str, seed, like: Tensor) -> Tensor | None:
-    """int64 [1] on like's device, or None."""
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise ValueError(f"{op}: seed: expected one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
-        if seed.device != like.device:
-            raise ValueError(f"{op}: seed: expected {like.device}, got {seed.device}")
-        return seed.view(1)
-    if seed is None:
-        return None
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{op}: seed: expected an int, an int64 Tensor or None, got {seed!r}")
-    return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=like.device)
-
-
 def drawn(seed: Tensor | None, dropout_p: float, like: Tensor) -> Tensor | None:
     """The seed that dropout uses: the caller's, or one from PyTorch's generator; None without dropout."""
     if not dropout_p or seed is not None:
         return seed if dropout_p else None
-    return torch.randint(2**63 - 1, (1,), device=like.device)
+    return _philox.drawn(like)

@@ -37,6 +37,7 @@ from pyops.ops import (  # noqa: F401  (registers the ops that `Kernels` looks u
     _norm_ops,
     _pointwise_ops,
     _pool_ops,
+    _sampling_ops,
     _window_attention_ops,
 )
 from pyops.ops._channel_ops import image_like, vector
@@ -48,6 +49,7 @@ _PARTS = (
     "lrn_run", "lrn_grad", "layer_norm_run", "layer_norm_grad",
     "attention_into", "attention_grad_into", "window_attention_into", "window_attention_grad_into",
     "cross_entropy_rows_",
+    "gaussian_run", "gaussian_grad",
 )  # fmt: skip
 _SMALL = ("channel_norm", "channel_affine", "channel_terms")  # whose default overload serves every backend
 

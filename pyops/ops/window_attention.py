@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from pyops import _backends
-from pyops.ops import _attention_checks, _attention_limits, _conv_call, _fused_ops, _window_attention_ops, _window_attention_train
+from pyops.ops import (
+    _attention_checks,
+    _attention_limits,
+    _conv_call,
+    _fused_ops,
+    _philox,
+    _window_attention_ops,
+    _window_attention_train,
+)
 
 OP = "window_attention"
 _MOST_LOGIT = math.log(100.0)  # Liu et al., 2022
@@ -132,7 +140,7 @@ def prepare(qkv, num_heads, window_size, shift_size, table, qkv_bias, logit_scal
         _vector("qkv_bias", qkv_bias, qkv, (qkv.shape[3],)),
         _vector("relative_position_bias_table", table, qkv, ((2 * window[0] - 1) * (2 * window[1] - 1), num_heads)),
         None if logits is None else logits.clamp(max=_MOST_LOGIT).exp(),
-        _attention_checks.drawn(_attention_checks.as_seed(OP, seed, qkv), p, qkv),
+        _attention_checks.drawn(_philox.as_seed(OP, seed, qkv), p, qkv),
         num_heads,
         window,
         shift,

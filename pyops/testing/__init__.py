@@ -13,6 +13,7 @@ from pyops.testing.samples import depthwise as _depthwise  # noqa: F401
 from pyops.testing.samples import linear as _linear  # noqa: F401
 from pyops.testing.samples import norm as _norm  # noqa: F401
 from pyops.testing.samples import rnn as _rnn  # noqa: F401
+from pyops.testing.samples import sampling as _sampling  # noqa: F401
 from pyops.testing.samples import window_attention as _window_attention  # noqa: F401
 
 __all__ = ["SPECS", "ErrorCase", "OpSpec", "Sample", "poison", "relative_error", "within_gate"]
