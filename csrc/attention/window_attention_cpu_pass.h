@@ -21,15 +21,10 @@ constexpr int64_t kMostAhead = 256;  // tokens of a window whose rows are fetche
 
 // The factors of keys u .. u + 3 (u a multiple of four: a block's four words) for a vector of queries from t on.
 inline void keep_four(const Dropout& dropout, int64_t window, int64_t head, int64_t t, int64_t u, vf (&keep)[4]) {
-  vu a = vu{} + static_cast<uint32_t>(u / 4), b = vu{} + static_cast<uint32_t>(t), c = vu{} + static_cast<uint32_t>(head);
-  vu d = vu{} + static_cast<uint32_t>(window);
-  for (int i = 0; i < kF; ++i) b[i] += static_cast<uint32_t>(i);
-  uint32_t low = dropout.low, high = dropout.high;
-  for (int round = 0; round < 7; ++round, low += 0x9E3779B9u, high += 0xBB67AE85u) {
-    const vu h0 = high_product(a, 0xD2511F53u), l0 = a * 0xD2511F53u, h1 = high_product(c, 0xCD9E8D57u), l1 = c * 0xCD9E8D57u;
-    a = h1 ^ b ^ low, b = l1, c = h0 ^ d ^ high, d = l0;
-  }
-  const vu words[4] = {a, b, c, d};
+  const vu zero{};
+  vu words[4];
+  dropout.numbers.words(zero + static_cast<uint32_t>(u / 4), counted(static_cast<uint32_t>(t)), zero + static_cast<uint32_t>(head),
+                        zero + static_cast<uint32_t>(window), words);
   for (int i = 0; i < 4; ++i) keep[i] = words[i] >= dropout.threshold ? vf{} + dropout.factor : vf{};
 }
 
