@@ -47,4 +47,18 @@ __all__ = [  # noqa: RUF022  (by network)
     "VisionTransformer", "vit_b_16", "vit_b_32", "vit_l_16",
     "SwinTransformer", "swin_t", "swin_s", "swin_b", "swin_v2_t", "swin_v2_s", "swin_v2_b",
     "LanguageModel", "TimeSeries", "language_model", "time_series",
+from .autoencoder import (
+    Autoencoder,
+    ConvolutionalAutoencoder,
+    VariationalAutoencoder,
+    convolutional_autoencoder,
+    denoising_autoencoder,
+    stacked_autoencoder,
+    variational_autoencoder,
+)
+from .mlp import MLP, Regression, linear_regression, logistic_regression, mlp, softmax_regression
+
+    "Autoencoder", "ConvolutionalAutoencoder", "VariationalAutoencoder",
+    "convolutional_autoencoder", "denoising_autoencoder", "stacked_autoencoder", "variational_autoencoder",
+    "MLP", "Regression", "linear_regression", "logistic_regression", "mlp", "softmax_regression",
 ]  # fmt: skip
