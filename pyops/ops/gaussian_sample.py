@@ -20,7 +20,7 @@ def gaussian_sample(
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""``z = mean + exp(log_var / 2) * eps`` with normal eps, and the Kullback-Leibler divergence of that distribution from the standard one.
+    r"""``z = mean + exp(log_var / 2) * eps`` with normal eps, and that distribution's divergence (Kullback-Leibler) from the standard one.
 
     Args:
         mean, log_var: ``[N, *]`` of one shape and dtype: float32, bfloat16, float16 or float64 (the last on "eager" only). Rows that are

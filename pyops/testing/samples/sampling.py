@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def gaussian_arguments(size, dtype, device, seed=0, *, layout="contiguous", spread=1.0, number=None):
-    """mean and log_var; layout "halves": of one tensor, as an encoder's last layer leaves them. number: the seed of eps, else `seed` does."""
+    """mean and log_var; layout "halves": of one tensor, as an encoder leaves them. number: the seed of eps."""
     generator = torch.Generator().manual_seed(10**6 * seed + 1000 * size[-1] + size[0])
     mean, log_var = (torch.randn(*size, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(2))
     log_var = log_var * spread
