@@ -35,6 +35,7 @@ SOME = {  # of their samples those whose names begin so: what the tests of their
     "conv_bn_act": ("pool_", "nearest", "bilinear"),
     "local_response_norm": ("",),
     "layer_norm_2d": ("",),
+    "gaussian_sample": ("",),
 }
 BOTH = {  # likewise, in f32 and bf16: each way through attention's kernels
     "flash_attention": (

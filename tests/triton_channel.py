@@ -5,6 +5,7 @@ import itertools
 KERNELS = ("moments", "apply", "totals", "reduce", "grad")
 DTYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}  # Triton's names
 TORCH = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+OTHER_POINTERS = {"index_ptr": "*u8", "seed_ptr": "*i64"}
 FLOATS = ("alpha", "beta", "k", "eps")  # arguments, beside slopes
 CHANNELS = {"f32": (64, 37), "bf16": (64, 37, 24, 5), "f16": (64,)}
 
@@ -27,8 +28,8 @@ def compiled(kernel: str, dtype: str, C: int, arch: int):
 
 
 def compile_kernel(function, config: dict, images: tuple[str, ...], dtype: str, arch: int):
-    """Ahead of time: pointers aligned to 16 bytes, those named in `images` of dtype, `index` of uint8 and the others fp32, integers not
-    specialized."""
+    """Ahead of time: pointers aligned to 16 bytes, those named in `images` of dtype, those of OTHER_POINTERS of theirs and the rest fp32;
+    integers not specialized."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -40,7 +41,7 @@ def compile_kernel(function, config: dict, images: tuple[str, ...], dtype: str, 
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*" + DTYPES[dtype] if name in images else "*u8" if name == "index_ptr" else "*fp32"
+            signature[name] = "*" + DTYPES[dtype] if name in images else OTHER_POINTERS.get(name, "*fp32")
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in FLOATS or name.endswith("slope") else "i32"

@@ -17,11 +17,12 @@ import triton_channel
 import triton_channel_norms
 import triton_dense
 import triton_depthwise
+import triton_gaussian
 import triton_mlp
 import triton_pointwise
 import triton_pool
 
-OTHERS = (triton_pool, triton_channel_norms, triton_mlp, triton_attention)
+OTHERS = (triton_pool, triton_channel_norms, triton_gaussian, triton_mlp, triton_attention)
 ARCHITECTURES = {"sm_80": 80, "sm_90a": 90}
 DTYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}  # Triton's names
 TORCH = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}

@@ -22,7 +22,7 @@ def sample(mean: Tensor, log_var: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]
     """As pyops::gaussian_run; of PyTorch's ops, which have gradients."""
     kind = _channel_ops.vector_dtype(mean.dtype)
     m, v = mean.to(kind), log_var.to(kind)
-    z = m + (v / 2).exp() * _philox.normal(seed, *m.shape, kind)
+    z = m + (v / 2).exp() * _philox.normal(seed, m.shape[0], m.shape[1], kind)
     return z.to(mean.dtype), (m.square() + (v.expm1() - v)).sum(1) / 2
 
 
@@ -37,7 +37,7 @@ def _grad(mean, log_var, seed, grad, grad_kl):
     grads = torch.zeros_like(m), torch.zeros_like(m)
     if grad is not None:
         g = grad.to(kind)
-        grads = g, g * (v / 2).exp() * _philox.normal(seed, *m.shape, kind) / 2
+        grads = g, g * (v / 2).exp() * _philox.normal(seed, m.shape[0], m.shape[1], kind) / 2
     if grad_kl is not None:
         share = grad_kl[:, None].to(kind)
         grads = grads[0] + share * m, grads[1] + share * v.expm1() / 2
