@@ -9,6 +9,7 @@ from pyops import nn
 from pyops._backends import backend, explain
 from pyops.fuse import fuse, unfuse
 from pyops.ops.batch_norm_act import batch_norm_act
+from pyops.ops.capsule_routing import capsule_routing
 from pyops.ops.conv_bn_act import conv_bn_act, conv_transpose_bn_act
 from pyops.ops.depthwise_conv import depthwise_conv_bn_act
 from pyops.ops.flash_attention import flash_attention
@@ -37,6 +38,7 @@ def __getattr__(name: str):
 __all__ = [
     "backend",
     "batch_norm_act",
+    "capsule_routing",
     "conv_bn_act",
     "conv_transpose_bn_act",
     "depthwise_conv_bn_act",

@@ -27,6 +27,7 @@ from pyops import _library
 from pyops.ops import (  # noqa: F401  (registers the ops that `Kernels` looks up)
     _activations,
     _attention_ops,
+    _capsule_ops,
     _channel_ops,
     _composed_ops,
     _conv_call,
@@ -50,6 +51,7 @@ _PARTS = (
     "attention_into", "attention_grad_into", "window_attention_into", "window_attention_grad_into",
     "cross_entropy_rows_",
     "gaussian_run", "gaussian_grad",
+    "capsule_run", "capsule_grad",
 )  # fmt: skip
 _SMALL = ("channel_norm", "channel_affine", "channel_terms")  # whose default overload serves every backend
 

@@ -7,6 +7,7 @@ from pyops.testing.gate import poison, relative_error, within_gate
 from pyops.testing.registry import SPECS, ErrorCase, OpSpec, Sample
 from pyops.testing.samples import attention as _attention  # noqa: F401  (registers its ops)
 from pyops.testing.samples import blocks as _blocks  # noqa: F401
+from pyops.testing.samples import capsule as _capsule  # noqa: F401
 from pyops.testing.samples import cross_entropy as _cross_entropy  # noqa: F401
 from pyops.testing.samples import dense as _dense  # noqa: F401
 from pyops.testing.samples import depthwise as _depthwise  # noqa: F401
