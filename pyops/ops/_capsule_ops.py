@@ -72,7 +72,7 @@ def _grad(grad, predictions, by_input, sums, stop_gradient):
     earlier = v.cumsum(1) - v
     grad_v, found = _channel_ops._wide(grad), torch.zeros_like(u)
     for t in reversed(range(T)):
-        c, grad_s = _couplings(u, earlier[:, t]), _squash_grad(sums[:, t], grad_v if t == T - 1 else grad_earlier)
+        c, grad_s = _couplings(u, earlier[:, t]), _squash_grad(sums[:, t], grad_v)
         found += c[..., None] * grad_s[:, None]
         if stop_gradient or t == 0:
             break
@@ -80,7 +80,7 @@ def _grad(grad, predictions, by_input, sums, stop_gradient):
         grad_logits = c * (share - (c * share).sum(2, keepdim=True))
         found += grad_logits[..., None] * earlier[:, t, None]
         change = torch.einsum("nij,nijd->njd", grad_logits, u)
-        grad_earlier = change if t == T - 1 else grad_earlier + change  # of every v before this iteration's
+        grad_v = change if t == T - 1 else grad_v + change  # the same of all earlier v: each is in every later V
     return (found.transpose(0, 1) if by_input else found).to(predictions.dtype).contiguous()
 
 
