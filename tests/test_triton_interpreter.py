@@ -42,6 +42,7 @@ BOTH = {  # likewise, in f32 and bf16: each way through attention's kernels
         "lengths_reverse", "lengths_bias", "causal_more", "window_left", "bias_columns", "mask", "softcap", "alibi", "dropout",
         "ragged_cross", "ragged_bias", "column_major", "head_72", "one_key",
     ),
+    "capsule_routing": ("",),
     "window_attention": ("odd", "no_table", "cosine", "dropout", "one_token"),
 }  # fmt: skip
 

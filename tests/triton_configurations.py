@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # this file runs as a script too
 import triton_attention
+import triton_capsule_routing
 import triton_channel
 import triton_channel_norms
 import triton_dense
@@ -23,6 +24,7 @@ import triton_pointwise
 import triton_pool
 
 OTHERS = (triton_pool, triton_channel_norms, triton_gaussian, triton_mlp, triton_attention)
+OTHERS = (triton_pool, triton_channel_norms, triton_mlp, triton_attention, triton_capsule_routing)
 ARCHITECTURES = {"sm_80": 80, "sm_90a": 90}
 DTYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}  # Triton's names
 TORCH = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
