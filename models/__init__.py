@@ -24,6 +24,7 @@ from .efficientnet import (
     efficientnet_b7,
 )
 from .inception import Inception3, InceptionOutputs, inception_v3
+from .capsnet import CapsNet, DigitCapsules, capsnet, margin_loss, reconstruction_loss, squash
 from .lenet import LeNet, lenet, lenet5
 from .mobilenet import MobileNetV2, mobilenet_v2
 from .resnet import ResNet, resnet18, resnet18_no_bn, resnet34, resnet50, resnet101, resnet152
@@ -35,6 +36,7 @@ from .vit import VisionTransformer, vit_b_16, vit_b_32, vit_l_16
 __all__ = [  # noqa: RUF022  (by network)
     "Entry", "create", "entry", "list",
     "AlexNet", "alexnet", "alexnet_groups", "alexnet_lrn",
+    "CapsNet", "DigitCapsules", "capsnet", "margin_loss", "reconstruction_loss", "squash",
     "LeNet", "lenet", "lenet5",
     "ResNet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet18_no_bn",
     "VGG", "vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "vgg_compact",
