@@ -1,7 +1,8 @@
 """Timing: every round runs each peer once, in random order, and then ours, so that the machine's noise hits all alike.
 
 pytest-benchmark times ours; peers are timed in its untimed set-up of the same round, and ratios are formed round by round.
-Options: --bench-rounds N, --bench-peers a,b (torch.compile is off unless named: minutes to build), --bench-seconds S per benchmark.
+Options: --bench-rounds N, --bench-peers a,b (torch.compile is off unless named: minutes to build), --bench-seconds S per benchmark,
+--bench-models a,b.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--bench-peers", default="torch.nn,torch naive,torch sdpa,onnxruntime,openvino", help="comma-separated baselines; all for every one"
     )
+    group.addoption("--bench-models", default="", help="comma-separated networks for bench_models.py; none: all of pyops.models")
     group.addoption("--bench-threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
 
 
@@ -144,6 +146,8 @@ class Race:
 
     def _iterations(self, call) -> int:
         """Enough calls in one timing for the clock, the scheduler and the first calls after a rest not to matter."""
+        if _best(call, self.timer, 1) > 10 * SLOT:  # a whole network
+            return 1
         return max(1, min(2000, int(SLOT / max(_best(call, self.timer, 20), 1e-7))))
 
     def __call__(self, ours, peers: dict) -> dict[str, list[float]]:

@@ -1,14 +1,13 @@
-"""The command line: `pyops env | ops | explain | kernels | demo | bench | report`. What a command needs is imported when it runs."""
+"""The command line: `pyops env | ops | explain | kernels | demo | report`; `bench` is in cli_bench.py, `summary | draw` in cli_models.py.
+
+What a command needs is imported when it runs.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from contextlib import redirect_stdout
 from functools import partial
-from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -313,79 +312,6 @@ def require_gpu(device: str) -> None:
 
 
 @app.command()
-def bench(
-    quick: Annotated[bool, typer.Option(help="Five rounds a benchmark: minutes, and rough numbers.")] = False,
-    op: Annotated[str | None, typer.Option(help="Only this op.")] = None,
-    out_path: Annotated[Path, typer.Option("--out", help="The JSON file to write.")] = Path("pyops-bench.json"),
-) -> None:
-    """Times every op against its baselines (bench/ of the source checkout), prints the summary and keeps the JSON for `pyops report`."""
-    folder = bench_folder()
-    if op is not None:
-        from pyops.testing import SPECS
-
-        one_of(op, tuple(SPECS), "--op")
-    absent = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
-    if absent:
-        fail("pyops bench runs on pytest-benchmark, which is not installed: pip install pytest pytest-benchmark")
-    import pytest
-
-    from pyops.demo.presentation import print_table
-    from pyops.report import load, tables
-
-    target = out_path.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    console = out()
-    options = [f"--rootdir={folder.parent}", f"--benchmark-json={target}", "--capture=sys"]
-    options += ["--bench-rounds=5"] if quick else []
-    options += ["-k", f"{op}-"] if op else []
-    with Counter(console) as counter, redirect_stdout(StringIO()) as log:
-        code = pytest.main([str(folder), *options], plugins=[counter])
-    if code != 0 or not target.exists():
-        console.print(log.getvalue(), markup=False)
-        fail(f"the benchmarks did not finish (pytest's exit code {int(code)}, its output is above)", 1)
-    print_table(tables.summary(load(target)), console)
-    console.print(f"results: {target}\npage: pyops report {os.path.relpath(target)}", markup=False, soft_wrap=True)
-
-
-def bench_folder() -> Path:
-    """bench/ beside the package's source, else in the current directory."""
-    import pyops
-
-    for root in (Path(pyops.__file__).parent.parent, Path.cwd()):
-        if (root / "bench" / "bench_ops.py").exists():
-            return root / "bench"
-    fail("the benchmarks live in pyops' source checkout: run this in it, or install it with `pip install -e .`")
-
-
-class Counter:
-    """A pytest plugin: a progress bar over the collected benchmarks, in place of pytest's own output."""
-
-    def __init__(self, console: Console):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        # redrawn between benchmarks only: a thread that draws would take time from the one being timed
-        self.progress = Progress(*columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
-        self.task = self.progress.add_task("collecting", total=None)
-
-    def __enter__(self) -> Counter:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def pytest_collection_finish(self, session: Any) -> None:
-        self.progress.update(self.task, total=len(session.items))
-
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.progress.update(self.task, description=nodeid.rpartition("[")[2].rstrip("]"), refresh=True)
-
-    def pytest_runtest_logfinish(self) -> None:
-        self.progress.advance(self.task)
-
-
-@app.command()
 def report(
     files: Annotated[list[Path], typer.Argument(help="JSON files of pyops bench, or of pytest bench --benchmark-json.")],
     out_dir: Annotated[Path, typer.Option("--out", help="The folder for report.md and report.html.")] = Path("pyops-report"),
@@ -399,3 +325,6 @@ def report(
         fail(str(error))
     for path in paths:
         out().print(str(path), markup=False, soft_wrap=True)
+
+
+from pyops import cli_bench, cli_models  # noqa: E402, F401  (they register their commands, with the helpers above)

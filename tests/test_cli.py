@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import pyops
-from pyops import _backends, _environment, _library, cli
+from pyops import _backends, _environment, _library, cli, cli_bench
 from pyops.ops import _rnn
 from pyops.testing import SPECS
 
@@ -27,14 +27,15 @@ def test_module_and_help():
     """`python -m pyops --help` names every command and imports none of what they need."""
     code = (
         "import sys, runpy, atexit\n"
-        "heavy = ('rich.progress', 'sklearn', 'matplotlib', 'pytest', 'pyops.testing', 'pyops.demo', 'pyops.report', 'triton')\n"
+        "heavy = ('rich.progress', 'sklearn', 'matplotlib', 'pytest', 'torchinfo', 'graphviz')\n"
+        "heavy += ('pyops.testing', 'pyops.demo', 'pyops.report', 'triton')\n"
         "atexit.register(lambda: print('HEAVY', [name for name in heavy if name in sys.modules]))\n"
         "sys.argv = ['pyops', '--help']\n"
         "runpy.run_module('pyops', run_name='__main__')\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    for command in ("env", "ops", "explain", "kernels", "demo", "bench", "report"):
+    for command in ("env", "ops", "explain", "kernels", "demo", "bench", "report", "summary", "draw"):
         assert command in found.stdout
     assert "HEAVY []" in found.stdout
 
@@ -232,6 +233,7 @@ import pytest, sys
 
 def pytest_addoption(parser):
     parser.addoption("--bench-rounds", type=int, default=11)
+    parser.addoption("--bench-models", default="")
 """
 BENCH_OPS = """
 import pytest
@@ -241,6 +243,12 @@ def test_op(benchmark, op, request):
     benchmark.pedantic(lambda: FAILING or 1, rounds=request.config.getoption("--bench-rounds"))
     benchmark.extra_info.update(op=op[:-2], sample="a", dtype="float32", backend="cpu")
     benchmark.extra_info.update({"pass": "forward", "baselines": {"torch.nn": {"median": 1.0, "ratio": 2.0}}})
+"""
+BENCH_MODELS = """
+def test_models(benchmark, request):
+    benchmark.pedantic(lambda: 1, rounds=1)
+    benchmark.extra_info.update(op=request.config.getoption("--bench-models"), peak_bytes={"ours": 2**20, "torch.nn": 2**21})
+    benchmark.extra_info.update(baselines={"torch.nn": {"median": 1.0, "ratio": 4.0}})
 """
 
 
@@ -252,6 +260,7 @@ def checkout(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "conftest.py").write_text(BENCH)
     (folder / "bench_ops.py").write_text(BENCH_OPS.replace("FAILING or ", ""))
+    (folder / "bench_models.py").write_text(BENCH_MODELS)
     settings = "[pytest]\npython_files = bench_*.py\naddopts = --import-mode=importlib -p no:cacheprovider\n"
     (folder.parent / "pytest.ini").write_text(settings)
     monkeypatch.setattr(pyops, "__file__", str(tmp_path / "elsewhere" / "pyops" / "__init__.py"))
@@ -276,6 +285,15 @@ def test_bench_and_report(checkout):
     assert "fused_gru" in (checkout.parent / "page" / "report.html").read_text()
 
 
+def test_bench_of_models(checkout):
+    """Networks alone where some are named, and none where not."""
+    text = run_bench("--models", "lenet, lenet5", "--out", "models.json")
+    assert "lenet,lenet5" in text and "4.00x" in text and "fused" not in text
+    invoke("report", "models.json", "--out", "page")
+    assert "2.00x" in (checkout.parent / "page" / "report.html").read_text()  # the twin's memory over ours
+    assert "4.00x" not in run_bench("--out", "ops.json")
+
+
 def test_bench_that_fails(checkout):
     (checkout / "bench_ops.py").write_text(BENCH_OPS.replace("FAILING or 1", "1 / 0"))
     text = run_bench("--out", "results.json", code=1)
@@ -284,6 +302,8 @@ def test_bench_that_fails(checkout):
 
 def test_bench_mistakes(checkout):
     assert "--op: expected one of" in invoke("bench", "--op", "softmax", code=2)
+    assert "--models: there is no network 'lenet6'; did you mean lenet" in invoke("bench", "--models", "lenet,lenet6", code=2)
+    assert "--op, --models: expected one of them" in invoke("bench", "--models", "lenet", "--op", "fused_gru", code=2)
     (checkout / "bench_ops.py").unlink()
     assert "source checkout" in invoke("bench", code=2)
 
@@ -300,7 +320,7 @@ def test_progress_counts_benchmarks():
 
     from rich.console import Console
 
-    with cli.Counter(Console(file=StringIO())) as counter:
+    with cli_bench.Counter(Console(file=StringIO())) as counter:
         counter.pytest_collection_finish(SimpleNamespace(items=[1, 2, 3]))
         counter.pytest_runtest_logstart("bench/bench_ops.py::bench_op[lstm-float32]")
         counter.pytest_runtest_logfinish()

@@ -123,6 +123,19 @@ def test_short_calls_are_timed_many_at_a_time(tmp_path):
     assert math.isclose(entry.median * 100, plain.median) and math.isclose(entry.low * 100, plain.low)
 
 
+def test_memory(tmp_path):
+    """Where it was measured: ours in MiB, others' as a multiple of ours."""
+
+    def change(data):
+        data["benchmarks"][0]["extra_info"]["peak_bytes"] = {"ours": 3 * 2**20, "torch.nn": 4.5 * 2**20}
+
+    text = report.write([write(tmp_path, change)], tmp_path)[0].read_text()
+    assert text.count("peak MiB | memory of torch.nn |") == 1
+    rows = text.split("### fused_lstm forward\n\n")[1].split("\n\n")[0].splitlines()
+    assert rows[2].endswith("| 3 | 1.50x |") and all(row.endswith("| - | - |") for row in rows[3:])
+    assert "torch.nn: 4.5 MiB" in (tmp_path / "report.html").read_text()
+
+
 def no_extra(data):
     for benchmark in data["benchmarks"]:
         benchmark["extra_info"] = {}

@@ -37,6 +37,7 @@ class Entry:
     gflops: float | None
     percent_flops: float | None
     percent_bandwidth: float | None
+    peak_bytes: dict[str, float] = field(default_factory=dict)  # "ours" and baselines: the most memory that a call holds
     baselines: dict[str, Baseline] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -100,6 +101,7 @@ def _entry(benchmark: dict[str, Any]) -> Entry:
         gflops=number(extra.get("gflops")),
         percent_flops=number(extra.get("percent_of_peak_flops")),
         percent_bandwidth=number(extra.get("percent_of_peak_bandwidth")),
+        peak_bytes={name: size for name, found in (extra.get("peak_bytes") or {}).items() if (size := number(found)) is not None},
         baselines={
             name: Baseline(number(found.get("median")), number(found.get("ratio")))
             for name, found in (extra.get("baselines") or {}).items()

@@ -99,6 +99,9 @@ def results(entries: list[Entry], title: str = "") -> Table:
     several = len({entry.backend for entry in entries}) > 1
     headers = ["sample", "dtype", *(["backend"] if several else []), "median ms", "GB/s", "GFLOP/s", "of peak"]
     headers += [*(f"vs {name}" for name in baselines), *(["hardest peer"] if baselines else [])]
+    measured = any("ours" in entry.peak_bytes for entry in entries)
+    peers = list(dict.fromkeys(name for entry in entries for name in entry.peak_bytes if name != "ours")) if measured else []
+    headers += ["peak MiB", *(f"memory of {name}" for name in peers)] if measured else []
     table = Table(title, headers, labels=3 if several else 2)
     for entry in entries:
         row: list[Cell | str] = [entry.sample or MISSING, entry.dtype or MISSING, *([entry.backend or MISSING] if several else [])]
@@ -113,6 +116,8 @@ def results(entries: list[Entry], title: str = "") -> Table:
         if baselines:
             peer = fastest_peer(entry)
             row.append(f"{peer[0]}, {ratio(peer[1])}" if peer else MISSING)
+        if measured:
+            row += [_memory(entry, "ours"), *(_memory(entry, name) for name in peers)]
         table.rows.append(row)
     return table
 
@@ -125,6 +130,19 @@ def _time(entry: Entry) -> Cell:
         tip = f"{significant(entry.low * 1e3)} to {significant(entry.high * 1e3)} ms"
         tip += f" over {entry.rounds} rounds" if entry.rounds else ""
     return Cell(significant(entry.median * 1e3), tip=tip)
+
+
+def _memory(entry: Entry, name: str) -> Cell:
+    """The most that a call holds: ours in MiB, a baseline's as a multiple of ours."""
+    ours, size = entry.peak_bytes.get("ours"), entry.peak_bytes.get(name)
+    if size is None or (name != "ours" and not ours):
+        return Cell(MISSING)
+    mebibytes = significant(size / 2**20)
+    return (
+        Cell(mebibytes)
+        if name == "ours" or not ours
+        else Cell(str(ratio(size / ours)), ratio(size / ours).tone, f"{name}: {mebibytes} MiB")
+    )
 
 
 def _of_peak(entry: Entry) -> str:

@@ -1,0 +1,105 @@
+"""A network's layer table, by torchinfo: sizes, parameters, FLOPs, and which layers run together as one call."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from pyops._flops import counting
+from pyops._trace import Node, options_of, trace
+
+INSTALL = "pyops summary runs on torchinfo, which is not installed: pip install torchinfo"
+
+
+class Row(NamedTuple):
+    """A module. flops: two for a product and its addition in convolutions, linear and recurrent layers and attention; None: not called.
+    runs: who runs it in inference, and with which others."""
+
+    name: str
+    kind: str
+    depth: int
+    input: str
+    output: str
+    kernel: str
+    stride: str
+    parameters: int
+    flops: int | None
+    runs: str
+
+
+class Summary(NamedTuple):
+    """parameters, trainable: of the whole network, each counted once; calls: how many calls stand for how many layers."""
+
+    rows: list[Row]
+    parameters: int
+    trainable: int
+    bytes: int
+    flops: int
+    layers: int
+    calls: int
+
+
+def summarize(model: nn.Module, inputs: tuple[Any, ...], depth: int | None = None) -> Summary:
+    """The table of `model` on `inputs`, down to `depth` levels below it (None: all). A module that is called several times is one row: the
+    sizes of its last call, the FLOPs of all. Modules without layers below them, or at `depth`, have the counts of all that is in them;
+    others what is theirs alone.
+
+    Raises ImportError without torchinfo, and whatever the model's forward raises.
+    """
+    try:
+        import torchinfo
+    except ImportError as error:
+        raise ImportError(INSTALL) from error
+    found = trace(model, inputs)
+    with counting() as flops:
+        statistics = torchinfo.summary(model, input_data=list(inputs), depth=depth or sys.maxsize, verbose=0, col_names=(), mode="eval")
+    layers = {node.module: node for node in found.nodes if node.module is not None}
+    sizes, deepest = found.sizes, depth or sys.maxsize
+    rows, seen = [], set()
+    for info in statistics.summary_list:
+        module = info.module
+        if info.depth > deepest or module in seen:
+            continue
+        seen.add(module)
+        whole = module in layers or info.is_leaf_layer or info.depth == deepest
+        parameters = sum(p.numel() for p in module.parameters(recurse=whole))
+        counted = flops.get(module) if whole else None
+        name = info.var_name if info.depth else type(module).__name__
+        runs = _runs(module, layers) if whole else ""
+        ends = sizes.get(id(module), ("", ""))
+        rows.append(Row(name, type(module).__name__, info.depth, *ends, *options_of(module), parameters, counted, runs))
+    grouped = found.groups().values()
+    alone = sum(node.module is not None and node.group is None for node in found.nodes)
+    together = sum(node.module is not None for group in grouped for node in group)
+    every = list(model.parameters())
+    return Summary(
+        rows,
+        sum(p.numel() for p in every),
+        sum(p.numel() for p in every if p.requires_grad),
+        sum(p.numel() * p.element_size() for p in every),
+        flops.get(model, 0),
+        alone + together,
+        alone + len(grouped),
+    )
+
+
+def _runs(module: nn.Module, layers: dict[nn.Module, Node]) -> str:
+    """Who runs a module: a numbered call with others, pyops alone, or PyTorch, which is said of all that is not known to be pyops'."""
+    nodes = [layers[part] for part in module.modules() if part in layers]
+    if not nodes:
+        return ""
+    groups = {node.group for node in nodes}
+    if len(groups) > 1:
+        return f"{len([node for node in nodes if node.group is None]) + len(groups - {None})} calls"
+    first, (group,) = nodes[0], groups
+    runner = first.runner or first.module
+    if group is None:
+        return "pyops" if len(nodes) == 1 and _is_ours(runner) else "PyTorch"
+    kind = type(runner).__name__
+    return f"call {group}: {kind}" if _is_ours(runner) else f"call {group}: PyTorch's {kind}"
+
+
+def _is_ours(module: nn.Module | None) -> bool:
+    return type(module).__module__.startswith("pyops.nn.")

@@ -1,0 +1,253 @@
+"""A network's layers as they are called on an input: which gives to which, in what sizes, and which of them run together as one call.
+
+Two runs in eval mode. In the first every layer has a hook: kernels cannot stand for layers that someone watches, so each is called, and
+what passes between them is followed. In the second nobody watches but PyTorch's global hooks, which kernels do not mind: a layer that is
+not called then was run by the innermost module around it that is called (a chain, an MBConv block), together with its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+# Functions that only hand on what they got, or that a reader of a graph has no use for.
+SILENT = {"contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type", "__get__", "requires_grad_", "data"}
+
+
+class Call(NamedTuple):
+    """One call of a module."""
+
+    module: nn.Module
+    number: int
+
+
+@dataclass(eq=False)
+class Node:
+    """A layer's call, a function's outside of layers, or an input or output of the network."""
+
+    name: str
+    module: nn.Module | None = None
+    inside: tuple[Call, ...] = ()  # the calls around it, outermost first
+    runner: nn.Module | None = None  # who ran the layer without calling it
+    group: int | None = None  # a number shared by those that ran as one
+
+
+class Edge(NamedTuple):
+    source: Node
+    target: Node
+    size: str
+
+
+@dataclass
+class Trace:
+    """nodes: in the order of their calls; sizes: of each module by id, (input, output)."""
+
+    nodes: list[Node] = field(default_factory=list)
+    edges: list[Edge] = field(default_factory=list)
+    sizes: dict[int, tuple[str, str]] = field(default_factory=dict)
+
+    def groups(self) -> dict[int, list[Node]]:
+        """The nodes of each group."""
+        found: dict[int, list[Node]] = {}
+        for node in self.nodes:
+            if node.group is not None:
+                found.setdefault(node.group, []).append(node)
+        return found
+
+
+def trace(model: nn.Module, inputs: tuple[Any, ...], depth: int | None = None) -> Trace:
+    """Runs `model` twice on `inputs`. Modules `depth` levels below it (1: its children) are not looked into; None: every layer is seen.
+
+    The model's mode and hooks are afterwards what they were; whatever its forward raises is raised.
+    """
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    flow = _Flow(model, depth)
+    handles = [part.register_forward_hook(_watch) for part in model.modules()]
+    try:
+        with torch.no_grad():
+            with flow.following(), flow:
+                flow.start(inputs)
+                flow.end(model(*inputs))
+            for handle in handles:
+                handle.remove()
+            called = _called(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for part, mode in modes.items():
+            part.training = mode
+    _group(flow.trace.nodes, called)
+    return flow.trace
+
+
+def _watch(*_: Any) -> None:
+    """A hook: that it is there is enough."""
+
+
+def _called(model: nn.Module, inputs: tuple[Any, ...]) -> set[nn.Module]:
+    """The modules, views of layers among them, that a run without anyone's hooks calls."""
+    found: set[nn.Module] = set()
+    handle = register_module_forward_pre_hook(lambda module, _: found.add(module))
+    try:
+        model(*inputs)
+    finally:
+        handle.remove()
+    return found
+
+
+def _group(nodes: list[Node], called: set[nn.Module]) -> None:
+    """Neighbours that one call of a module ran, from the first layer among them on: what comes before it is the module's own."""
+    groups: list[list[Node]] = []
+    last: Call | None = None
+    for node in nodes:
+        own = node.module in called or not node.inside
+        runner = None if own else next((call for call in reversed(node.inside) if call.module in called), None)
+        if runner is not None and runner is last:
+            groups[-1].append(node)
+        elif runner is not None and node.module is not None:
+            groups.append([node])
+            last = runner
+        else:
+            last = None
+        if runner is not None and node.module is not None:
+            node.runner = runner.module
+    for number, group in enumerate((group for group in groups if len(group) > 1), 1):
+        for node in group:
+            node.group = number
+
+
+class _Flow(TorchFunctionMode):
+    """Follows tensors from call to call: who made each, and whether an image's channels come last."""
+
+    def __init__(self, model: nn.Module, depth: int | None):
+        super().__init__()
+        self.trace = Trace()
+        self.names = {part: name for name, part in model.named_modules() if name}
+        self.names = {model: type(model).__name__} | self.names
+        # attention's one layer below it is none that it calls: its matrices are its own
+        self.whole = {part for part in self.names if isinstance(part, nn.MultiheadAttention) or not any(part.children())}
+        if depth is not None:
+            self.whole |= {part for name, part in model.named_modules() if name.count(".") + 1 >= depth and name}
+        self.makers: dict[int, Node] = {}
+        self.channels_last: dict[int, bool] = {}
+        self.alive: list[Tensor] = []  # an id is a tensor's as long as it lives
+        self.stack: list[Call] = []
+        self.hidden = 0  # calls of whole modules that are under way
+        self.calls = 0
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """With PyTorch's global hooks, which see views of layers as well."""
+        handles = [register_module_forward_pre_hook(self.enter), register_module_forward_hook(self.leave, with_kwargs=True)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def start(self, inputs: tuple[Any, ...]) -> None:
+        for value in _tensors(inputs):
+            self.made(Node("input"), [], [value], False)
+
+    def end(self, result: Any) -> None:
+        node = Node("output")
+        self.trace.nodes.append(node)
+        self.trace.edges += self.edges(_tensors(result), node)
+
+    def enter(self, module: nn.Module, _: Any) -> None:
+        self.calls += 1
+        self.stack.append(Call(module, self.calls))
+        self.hidden += module in self.whole
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        self.stack.pop()
+        self.hidden -= module in self.whole
+        given, results = _tensors((args, kwargs)), _tensors(result)
+        self.trace.sizes[id(module)] = self.size(given), self.size(results)
+        if module in self.whole and not self.hidden:
+            last = self.channels_last.get(id(results[0]), False) if results else False
+            self.made(Node(self.names[module], module, tuple(self.stack)), given, results, last)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = _tensors((args, kwargs))
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", str(func)).partition(".")[0]
+        results = _tensors(_written(func, args)) or _tensors(result)
+        if not given or not results:
+            return result
+        last = self.layout_after(name, args, given)
+        if self.hidden or name in SILENT or name.endswith("_like") or name.startswith("new_"):
+            self.pass_on(given, results, last)
+        elif any(id(t) in self.makers for t in given):
+            self.made(Node(name.strip("_"), None, tuple(self.stack)), given, results, last)
+        return result
+
+    def layout_after(self, name: str, args: Any, given: list[Tensor]) -> bool:
+        """Whether channels come last in what a function gives."""
+        if name.endswith("2d"):
+            return False
+        if name in ("linear", "layer_norm"):
+            return True
+        if name == "permute":
+            order = tuple(args[1] if isinstance(args[1], (tuple, list, torch.Size)) else args[1:])
+            if order in ((0, 2, 3, 1), (0, 3, 1, 2)):
+                return order[1] == 2
+        return any(self.channels_last.get(id(t), False) for t in given)
+
+    def pass_on(self, given: list[Tensor], results: list[Tensor], last: bool) -> None:
+        maker = next((self.makers[id(t)] for t in given if id(t) in self.makers), None)
+        for t in results:
+            self.alive.append(t)
+            self.channels_last[id(t)] = last
+            if maker is not None and not self.hidden:
+                self.makers[id(t)] = maker
+
+    def made(self, node: Node, given: list[Tensor], results: list[Tensor], last: bool) -> None:
+        self.trace.nodes.append(node)
+        self.trace.edges += self.edges(given, node)
+        for t in results:
+            self.alive.append(t)
+            self.makers[id(t)], self.channels_last[id(t)] = node, last
+
+    def edges(self, given: list[Tensor], node: Node) -> list[Edge]:
+        """One from each maker."""
+        found = {maker: self.size([t]) for t in reversed(given) if (maker := self.makers.get(id(t))) is not None}
+        return [Edge(maker, node, size) for maker, size in reversed(found.items())]
+
+    def size(self, tensors: list[Tensor]) -> str:
+        """Of the first: H x W x C of images, all dimensions of other tensors."""
+        if not tensors:
+            return ""
+        shape = tuple(tensors[0].shape)
+        if len(shape) == 4:
+            shape = shape[1:] if self.channels_last.get(id(tensors[0]), False) else (*shape[2:], shape[1])
+        return " x ".join(map(str, shape))
+
+
+def _written(func: Any, args: Any) -> list[Any]:
+    """The arguments that a function returns its results in."""
+    if isinstance(func, torch._ops.OpOverload):
+        return [value for value, known in zip(args, func._schema.arguments, strict=False) if known.alias_info and known.alias_info.is_write]
+    return args[:1] if getattr(func, "__name__", "") == "__setitem__" else []
+
+
+def options_of(module: nn.Module | None) -> tuple[str, str]:
+    """(kernel, stride) of a layer that has them: 3 x 3."""
+    kind = type(module).__name__
+    dims = int(kind[-2]) if kind[-2:] in ("1d", "2d", "3d") else 1
+    values = (getattr(module, name, None) for name in ("kernel_size", "stride"))
+    kernel, stride = (" x ".join(map(str, v if isinstance(v, (tuple, list)) else (v,) * dims)) if v else "" for v in values)
+    return kernel, stride
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
