@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from pyops._flops import counting
-from pyops._trace import Node, options_of, trace
+from pyops._trace import Node, evaluating, options_of, trace
 
 INSTALL = "pyops summary runs on torchinfo, which is not installed: pip install torchinfo"
 
 
 class Row(NamedTuple):
-    """A module. flops: two for a product and its addition in convolutions, linear and recurrent layers and attention; None: not called.
+    """A module. flops: two for a product and its addition in convolutions, linear and recurrent layers and attention; None: its layers have rows of their own, or it is not called.
     runs: who runs it in inference, and with which others."""
 
     name: str
@@ -30,7 +30,8 @@ class Row(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """parameters, trainable: of the whole network, each counted once; calls: how many calls stand for how many layers."""
+    """parameters, trainable: of the whole network, each counted once; calls: how many calls stand for how many layers; unused: layers with
+    parameters that were not called."""
 
     rows: list[Row]
     parameters: int
@@ -39,12 +40,13 @@ class Summary(NamedTuple):
     flops: int
     layers: int
     calls: int
+    unused: list[str]
 
 
 def summarize(model: nn.Module, inputs: tuple[Any, ...], depth: int | None = None) -> Summary:
-    """The table of `model` on `inputs`, down to `depth` levels below it (None: all). A module that is called several times is one row: the
-    sizes of its last call, the FLOPs of all. Modules without layers below them, or at `depth`, have the counts of all that is in them;
-    others what is theirs alone.
+    """The table of `model` on `inputs`, down to `depth` levels below it (None: all). A module that is called several times is one row:
+    sizes and who ran it are of its last call, FLOPs of all. Modules without layers below them, or at `depth`, have the counts of all that
+    is in them; others what is theirs alone.
 
     Raises ImportError without torchinfo, and whatever the model's forward raises.
     """
@@ -53,7 +55,7 @@ def summarize(model: nn.Module, inputs: tuple[Any, ...], depth: int | None = Non
     except ImportError as error:
         raise ImportError(INSTALL) from error
     found = trace(model, inputs)
-    with counting() as flops:
+    with evaluating(model), counting() as flops:
         statistics = torchinfo.summary(model, input_data=list(inputs), depth=depth or sys.maxsize, verbose=0, col_names=(), mode="eval")
     layers = {node.module: node for node in found.nodes if node.module is not None}
     sizes, deepest = found.sizes, depth or sys.maxsize
@@ -74,6 +76,8 @@ def summarize(model: nn.Module, inputs: tuple[Any, ...], depth: int | None = Non
     alone = sum(node.module is not None and node.group is None for node in found.nodes)
     together = sum(node.module is not None for group in grouped for node in group)
     every = list(model.parameters())
+    inside = {part for layer in layers for part in layer.modules()}
+    unused = [n for n, part in model.named_modules() if part not in inside and id(part) not in sizes and [*part.parameters(recurse=False)]]
     return Summary(
         rows,
         sum(p.numel() for p in every),
@@ -82,6 +86,7 @@ def summarize(model: nn.Module, inputs: tuple[Any, ...], depth: int | None = Non
         flops.get(model, 0),
         alone + together,
         alone + len(grouped),
+        unused,
     )
 
 
@@ -91,14 +96,13 @@ def _runs(module: nn.Module, layers: dict[nn.Module, Node]) -> str:
     if not nodes:
         return ""
     groups = {node.group for node in nodes}
-    if len(groups) > 1:
-        return f"{len([node for node in nodes if node.group is None]) + len(groups - {None})} calls"
-    first, (group,) = nodes[0], groups
-    runner = first.runner or first.module
-    if group is None:
-        return "pyops" if len(nodes) == 1 and _is_ours(runner) else "PyTorch"
-    kind = type(runner).__name__
-    return f"call {group}: {kind}" if _is_ours(runner) else f"call {group}: PyTorch's {kind}"
+    ours = [node for node in nodes if _is_ours(node.runner or node.module)]
+    if groups == {None} and len(ours) in (0, len(nodes)):
+        return "pyops" if ours else "PyTorch"
+    if len(groups) > 1 or None in groups:
+        return f"{sum(node.group is None for node in nodes) + len(groups - {None})} calls"
+    kind = type(nodes[0].runner).__name__
+    return f"call {nodes[0].group}: {kind}" if ours else f"call {nodes[0].group}: PyTorch's {kind}"
 
 
 def _is_ours(module: nn.Module | None) -> bool:

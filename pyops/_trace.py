@@ -68,29 +68,37 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], depth: int | None = None) -
 
     The model's mode and hooks are afterwards what they were; whatever its forward raises is raised.
     """
-    modes = {part: part.training for part in model.modules()}
-    model.eval()
     flow = _Flow(model, depth)
-    handles = [part.register_forward_hook(_watch) for part in model.modules()]
-    try:
-        with torch.no_grad():
-            with flow.following(), flow:
-                flow.start(inputs)
-                flow.end(model(*inputs))
-            for handle in handles:
-                handle.remove()
-            called = _called(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for part, mode in modes.items():
-            part.training = mode
+    with evaluating(model), torch.no_grad():
+        with _watched(model), flow.following(), flow:
+            flow.start(inputs)
+            flow.end(model(*inputs))
+        called = _called(model, inputs)
     _group(flow.trace.nodes, called)
     return flow.trace
 
 
-def _watch(*_: Any) -> None:
-    """A hook: that it is there is enough."""
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode; afterwards every part is in the mode that it was in."""
+    modes = {part: part.training for part in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[None]:
+    """With a hook on every part: that it is there is enough."""
+    handles = [part.register_forward_hook(lambda *_: None) for part in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _called(model: nn.Module, inputs: tuple[Any, ...]) -> set[nn.Module]:

@@ -55,13 +55,15 @@ def summary(
     for row in found.rows:
         numbers = (f"{row.parameters:,}" if row.parameters else "-", short(row.flops))
         names = (escape("  " * row.depth + row.name), escape(row.kind))
-        table.add_row(*names, row.input or "not called", row.output, row.kernel, row.stride, *numbers, row.runs)
+        table.add_row(*names, row.input, row.output, row.kernel, row.stride, *numbers, row.runs)
     console = out()
     console.width = max(console.width, 150)  # a row that is cut short would mislead; a narrow terminal folds the lines
     console.print(table)
     frozen = "" if found.trainable == found.parameters else f", {found.trainable:,} of them trainable"
     console.print(f"{found.parameters:,} parameters{frozen}, {found.bytes / 2**20:.1f} MiB; {short(found.flops)} FLOPs (a product and its")
     console.print(f"addition are two, nothing else counts); {found.layers} layers called, {found.calls} calls when they run together")
+    if found.unused:
+        console.print(f"not called, though they have parameters: {', '.join(found.unused)}", markup=False)
 
 
 @app.command()
