@@ -1,21 +1,13 @@
 """Residual networks, beside torchvision's."""
 
-import copy
-
 import pytest
 import torch
-from torch import nn
 
-from pyops import models as zoo
-from pyops.nn import BasicBlock, Bottleneck
-
-from .conftest import assert_gate
-from .models import Case, check_copies, check_inference, check_training, liven, twin
+from .models import Case, check_copies, check_inference, check_training
 
 
 def images(size: int, batch: int = 2):
     return lambda: (torch.randn(batch, 3, size, size),)
-
 
 
 CASES = {
