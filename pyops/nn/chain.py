@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyops.nn._derived import Derived, Keeps, has_hooks, is_plain
 from pyops.nn.conv import KINDS, ConvBNAct, Parts, name_of, parts_of, pool_of, upsampling_of
 from pyops.nn.linear import run_kept
-from pyops.ops import _conv_call
+from pyops.ops import _conv_call, _depthwise_ops
 
 ADD = "+"  # among the names of a chain's layers: where a residual is added
 
@@ -33,7 +33,7 @@ class ConvChain(ConvBNAct):
         self._place = 1 if upsampling_of(layers[0]) else 0
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if input.dim() != 4 or (residual is not None and not _fits(input, residual)):
+        if input.dim() != 4 or (residual is not None and not self._adds(input, residual)):
             return self.run_layers(input, residual)
         return self.run(input, residual=residual)[0]
 
@@ -49,6 +49,15 @@ class ConvChain(ConvBNAct):
     def plain_parts(self) -> Parts | None:
         return self.parts() if is_plain(self, (ConvChain, nn.Identity, *KINDS)) else None
 
+    def _adds(self, input: Tensor, residual: Tensor) -> bool:
+        """Whether kernels add the residual as PyTorch would: no repeated one, and none of a dtype that widens the sum."""
+        conv: Any = self._conv()
+        if conv is None or isinstance(conv.padding, str) or residual.dtype != _conv_call.autocast(input)[0].dtype:
+            return False
+        seen = [n * (1 + self._place) for n in input.shape[2:]]
+        size = _depthwise_ops.output_size(seen, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        return residual.shape == (input.shape[0], conv.out_channels, *size)
+
     def run_layers(self, input: Tensor, residual: Tensor | None) -> Tensor:
         return _run_layers(list(self), self.before, input, residual)
 
@@ -63,7 +72,8 @@ class LinearChain(Keeps, nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         layers: list[Any] = list(self)
         activation = name_of(layers[1]) if len(layers) > 1 else "none"
-        if torch.compiler.is_compiling() or activation is None or any(has_hooks(layer) for layer in layers):
+        followed = torch.compiler.is_compiling() or _conv_call.is_recorded()
+        if followed or activation is None or any(has_hooks(layer) for layer in layers):
             return super().forward(input)
         return run_kept(self._kept, layers[0], input, None, activation, None)
 
@@ -118,11 +128,6 @@ class Sequential(Chained, nn.Sequential):
 
 def _same(layers: list[nn.Module], before) -> bool:
     return all(a is b for a, b in zip(layers, before, strict=True))
-
-
-def _fits(input: Tensor, residual: Tensor) -> bool:
-    """Whether kernels add the residual as PyTorch would: another dtype would widen the sum."""
-    return residual.dim() == 4 and _conv_call.autocast(residual)[0].dtype == residual.dtype == _conv_call.autocast(input)[0].dtype
 
 
 def _run_layers(layers: list[nn.Module], before: int | None, input: Tensor, residual: Tensor | None = None) -> Tensor:
