@@ -224,5 +224,5 @@ class Inception3(nn.Module):
 
 @register(images(299), PAPER)
 def inception_v3(**options: Any) -> Inception3:
-    """Images of 299 x 299: 27,161,264 parameters, 23,834,568 of them without the auxiliary classifier. Options are those of `Inception3`."""
+    """Images of 299 x 299: 27,161,264 parameters, 3,326,696 of them the auxiliary classifier's. Options are those of `Inception3`."""
     return Inception3(**options)

@@ -26,7 +26,7 @@ def divisible(channels: float, by: int = 8) -> int:
 
 
 class InvertedResidual(BlockView, nn.Module):
-    """Expand 1x1, depthwise 3x3, project 1x1 (+ input): ``[N, inp, H, W] -> [N, oup, OH, OW]``. `MBConv` under torchvision's older names."""
+    """Expand 1x1, depthwise 3x3, project 1x1 (+ input): ``[N, inp, H, W] -> [N, oup, OH, OW]``. `MBConv`, torchvision's older names."""
 
     def __init__(self, inp: int, oup: int, stride: int, expand_ratio: int):
         super().__init__()
