@@ -62,4 +62,11 @@ __all__ = [  # noqa: RUF022  (by network)
     "SwinTransformer", "swin_b", "swin_s", "swin_t", "swin_v2_b", "swin_v2_s", "swin_v2_t",
     "VGG", "vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "vgg_compact",
     "VisionTransformer", "vit_b_16", "vit_b_32", "vit_l_16",
+from .hybrid import DigitsHybrid, digits_hybrid
+from .seq2seq import AdditiveAttention, Seq2Seq, seq2seq
+from .transformer import TranslationTransformer, transformer
+
+    "DigitsHybrid", "digits_hybrid",
+    "AdditiveAttention", "Seq2Seq", "seq2seq",
+    "TranslationTransformer", "transformer",
 ]  # fmt: skip

@@ -292,7 +292,7 @@ def test_decoding_of_wide_layers():
 def test_decoding_after_reset_and_reordering():
     """Beam search: at every step the rows are other hypotheses; what was decoded for them moves along."""
     theirs, own, x, memory, _ = decoder(batch_first=True)
-    cache = own.new_cache(B, L)
+    cache = own.new_cache(B, L + 1)
     with torch.no_grad():
         own(x, memory, cache=cache)
         cache.reset()
@@ -306,6 +306,11 @@ def test_decoding_after_reset_and_reordering():
             rows = torch.randint(B, (B,))
             cache.reorder(rows)
             history, memory = history[rows], memory[rows]
+        cache.reorder(rows, memory=False)  # rows of one source: what is kept of it stays where it is
+        history = torch.cat([history[rows], x[:, :1]], 1)
+        found = own(history[:, -1:], None, cache=cache)
+        mask = nn.Transformer.generate_square_subsequent_mask(L + 1)
+        torch.testing.assert_close(found, theirs(history, memory, tgt_mask=mask)[:, -1:], rtol=1e-4, atol=1e-5)
 
 
 def test_decoding_on_a_layer_compiled_and_refusals():

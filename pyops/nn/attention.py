@@ -64,8 +64,11 @@ class KeyValueCache:
         """Forgets everything, the memory too; the buffers stay."""
         self.length, self.memory = 0, None
 
-    def reorder(self, index: Tensor) -> None:
-        """Row b becomes what row ``index[b]`` was, as beam search asks for; an index of another length changes the batch size."""
+    def reorder(self, index: Tensor, memory: bool = True) -> None:
+        """Row b becomes what row ``index[b]`` was, as beam search asks for; an index of another length changes the batch size.
+
+        ``memory=False`` leaves the memory where it is: for rows that change places only with rows of the same source.
+        """
         B, H, most, D = self.key.shape
         for name in ("key", "value"):
             buffer = getattr(self, name)
@@ -74,7 +77,7 @@ class KeyValueCache:
                 buffer = buffer.new_empty(rows.shape[0], H, most, D)
                 setattr(self, name, buffer)
             buffer[:, :, : self.length] = rows
-        if self.memory is not None:
+        if memory and self.memory is not None:
             self.memory = (self.memory[0].index_select(0, index), self.memory[1].index_select(0, index))
 
 
@@ -93,9 +96,9 @@ class DecoderCache(list[KeyValueCache]):
         for cache in self:
             cache.reset()
 
-    def reorder(self, index: Tensor) -> None:
+    def reorder(self, index: Tensor, memory: bool = True) -> None:
         for cache in self:
-            cache.reorder(index)
+            cache.reorder(index, memory)
 
 
 def unchanged_if_refused(caches: Iterable[KeyValueCache], call: Callable[[], Any]) -> Any:
