@@ -10,6 +10,8 @@ from pyops.testing.twins import twin_of
 
 @twin_of("transformer")
 class Transformer(nn.Module):
+    positions: torch.Tensor
+
     def __init__(
         self,
         source_vocabulary: int = 37000,
