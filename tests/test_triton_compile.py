@@ -129,7 +129,7 @@ def test_what_the_dense_design_promises(rows):
 
 @pytest.mark.parametrize("family", configurations.OTHERS, ids=lambda family: family.FAMILY)
 def test_what_the_other_designs_promise(rows, family):
-    """Pooling, the norms over channels, sampling, the fused MLP, attention."""
+    """Pooling, the norms over channels, sampling, cross entropy, capsules, the fused MLP, attention."""
     found, multiplies = [row for row in rows if family.FAMILY in row], family.FAMILY in ("mlp", "attention")
     assert len(found) == len(ARCHITECTURES) * len(family.configurations())
     for row in found:

@@ -1,4 +1,5 @@
-"""The Triton kernels of images, of the MLP and of sampling without a GPU, by Triton's interpreter, as test_triton_interpreter does it.
+"""The Triton kernels of images, of the MLP, of sampling and of cross entropy without a GPU, by Triton's interpreter, as
+test_triton_interpreter does it.
 
 Run as a script this file is the child: it prints one line of JSON a case, {"id": ..., "missed": null or the reason}.
 """
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))  # this file runs as a script too
 import triton_channel  # noqa: E402
 import triton_channel_norms  # noqa: E402
+import triton_cross_entropy  # noqa: E402
 import triton_dense  # noqa: E402
 import triton_gaussian  # noqa: E402
 import triton_mlp  # noqa: E402
@@ -23,7 +25,7 @@ import triton_pointwise  # noqa: E402
 import triton_pool  # noqa: E402
 
 FAMILIES = {"channel": triton_channel, "dense": triton_dense, "pointwise": triton_pointwise}
-FAMILIES |= {family.FAMILY: family for family in (triton_pool, triton_channel_norms, triton_gaussian, triton_mlp)}
+FAMILIES |= {family.FAMILY: family for family in (triton_pool, triton_channel_norms, triton_gaussian, triton_cross_entropy, triton_mlp)}
 IDS = [id for family in FAMILIES.values() for id in family.IDS]
 
 

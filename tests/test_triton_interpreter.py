@@ -36,6 +36,7 @@ SOME = {  # of their samples those whose names begin so: what the tests of their
     "local_response_norm": ("",),
     "layer_norm_2d": ("",),
     "gaussian_sample": ("",),
+    "linear_cross_entropy": ("odd", "everything", "none"),
 }
 BOTH = {  # likewise, in f32 and bf16: each way through attention's kernels
     "flash_attention": (

@@ -5,8 +5,8 @@ import itertools
 KERNELS = ("moments", "apply", "totals", "reduce", "grad")
 DTYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}  # Triton's names
 TORCH = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
-OTHER_POINTERS = {"index_ptr": "*u8", "seed_ptr": "*i64"}
-FLOATS = ("alpha", "beta", "k", "eps")  # arguments, beside slopes
+OTHER_POINTERS = {"index_ptr": "*u8", "seed_ptr": "*i64", "target_ptr": "*i64"}
+FLOATS = ("alpha", "beta", "k", "eps", "smoothing", "softcap")  # arguments, beside slopes
 CHANNELS = {"f32": (64, 37), "bf16": (64, 37, 24, 5), "f16": (64,)}
 
 

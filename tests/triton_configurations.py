@@ -16,6 +16,7 @@ import triton_attention
 import triton_capsule_routing
 import triton_channel
 import triton_channel_norms
+import triton_cross_entropy
 import triton_dense
 import triton_depthwise
 import triton_gaussian
@@ -23,8 +24,9 @@ import triton_mlp
 import triton_pointwise
 import triton_pool
 
-OTHERS = (triton_pool, triton_channel_norms, triton_gaussian, triton_mlp, triton_attention)
-OTHERS = (triton_pool, triton_channel_norms, triton_mlp, triton_attention, triton_capsule_routing)
+OTHERS = (
+    triton_pool, triton_channel_norms, triton_gaussian, triton_cross_entropy, triton_capsule_routing, triton_mlp, triton_attention,
+)  # fmt: skip
 ARCHITECTURES = {"sm_80": 80, "sm_90a": 90}
 DTYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}  # Triton's names
 TORCH = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}

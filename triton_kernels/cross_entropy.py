@@ -19,7 +19,7 @@ from .common import tanh
 from .images import on, store_image
 
 SIZES = ("units", "ignore_index")  # one binary whatever they are
-MOST_BLOCK = 4096  # logits at a time: 16 a thread with 8 warps
+MOST_BLOCK = 2048  # logits at a time: 8 a thread with 8 warps; 16 spilled
 
 
 @triton.jit
@@ -44,6 +44,9 @@ def rows_kernel(
     row_ptr = logits_ptr + m * V
     target = tl.load(target_ptr + m)
     ignored, exists = target == ignore_index, (target >= 0) & (target < V)
+    chosen = tl.load(row_ptr + tl.where(exists, target, 0)).to(tl.float32)  # before the sums' barrier: the gradient is written over it
+    if CAPPED:
+        chosen = softcap * tanh(chosen / softcap)
     lane = tl.arange(0, BLOCK_V)
     highest = tl.full([BLOCK_V], float("-inf"), tl.float32)
     sums = tl.zeros([BLOCK_V], tl.float32)
@@ -53,15 +56,11 @@ def rows_kernel(
         above = tl.maximum(highest, y)
         seen = above > float("-inf")  # else the difference would be NaN
         before = tl.where(seen, tl.exp(highest - above), 0.0)
-        sums = sums * before + tl.where((y == y) & (y == float("-inf")), 0.0, tl.exp(y - above))
+        sums = sums * before + tl.where(y == float("-inf"), 0.0, tl.exp(y - above))
         totals += tl.where(start + lane < V, y, 0.0)
         highest = above
     top = tl.max(highest, axis=0)
     total = tl.sum(tl.where(sums == 0.0, 0.0, sums * tl.exp(highest - top)), axis=0)
-    at = tl.where(exists, target, 0)
-    chosen = tl.load(row_ptr + at).to(tl.float32)
-    if CAPPED:
-        chosen = softcap * tanh(chosen / softcap)
     loss = tl.log(total) + (1.0 - smoothing) * (top - chosen)
     if smoothing != 0.0:
         loss += smoothing * (top - tl.sum(totals, axis=0) / V)
@@ -81,7 +80,7 @@ def rows_kernel(
 def launch_config(V: int) -> dict[str, int]:
     """Compile-time tile: fixed by the size, so that a shape has one binary and one result."""
     block = min(MOST_BLOCK, max(128, triton.next_power_of_2(V)))
-    return {"UNIT": 8 if V % 8 == 0 else 1, "BLOCK_V": block, "num_warps": max(1, min(8, block // 512)), "num_stages": 2}
+    return {"UNIT": 8 if V % 8 == 0 else 1, "BLOCK_V": block, "num_warps": max(1, block // 256), "num_stages": 2}
 
 
 def cross_entropy_rows_(

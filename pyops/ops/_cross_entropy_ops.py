@@ -26,7 +26,8 @@ def _reference(logits: Tensor, target: Tensor, scale: Tensor | None, ignore_inde
     ignored, strange = target == ignore_index, (target < 0) | (target >= V)
     index = target.masked_fill(strange | ignored, 0)[:, None]
     lse = y.logsumexp(1)
-    losses = lse - (1 - label_smoothing) * y.gather(1, index)[:, 0] - label_smoothing * y.mean(1)
+    losses = lse - (1 - label_smoothing) * y.gather(1, index)[:, 0]
+    losses = losses - label_smoothing * y.mean(1) if label_smoothing else losses  # which may be infinite
     losses = losses.masked_fill(strange, float("nan")).masked_fill(ignored, 0)
     if scale is not None:
         grad = torch.exp(y - lse[:, None]) - label_smoothing / V
