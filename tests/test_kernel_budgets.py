@@ -266,6 +266,7 @@ DESIGN: dict[str, list[Callable[[str, str], list[str]]]] = {
     "attention_fold_bias": [],
     "attention_fold_table": [],
     "attention_merge_shares": [],
+    "cross_entropy_rows": [computes_in_float32, reads_vectors, writes_vectors],
     "mlp_rows": [multiplies_in_registers, reads_shared_128, copies_asynchronously, reads_rows_128],
     "mlp_pack_pieces": [],
     "pointwise_tile": [multiplies_as_named, reads_rows_128, reads_shared_128, copies_asynchronously],

@@ -11,6 +11,7 @@
 #include "../../csrc/conv/expand_depthwise_cuda.h"
 #include "../../csrc/conv/pointwise_cuda.h"
 #include "../../csrc/conv/pool_cuda.h"
+#include "../../csrc/linear/cross_entropy_cuda.h"
 #include "../../csrc/linear/mlp_cuda.h"
 #include "../../csrc/norm/channel_norms_cuda.h"
 #include "../../csrc/rnn/scan.cuh"
@@ -197,6 +198,10 @@ int host_mlp_pack(const linear::MlpSizes* sizes, const linear::MlpWeights* weigh
 
 int host_mlp(const linear::Mlp* p, char* error, int error_bytes) {
   return guarded(error, error_bytes, [&] { linear::mlp_cuda(*p, nullptr); });
+}
+
+int host_cross_entropy(const linear::CrossEntropy* p, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { linear::cross_entropy_cuda(*p, nullptr); });
 }
 
 int host_attention(const attention::Attention* p, char* error, int error_bytes) {

@@ -8,7 +8,20 @@ import pytest
 from pyops import kernels as budgets
 
 from ..budgets import differences
-from . import attention, attention_backward, channel, channel_norms, dense, depthwise, expand_depthwise, mlp, pointwise, pool, rnn
+from . import (
+    attention,
+    attention_backward,
+    channel,
+    channel_norms,
+    cross_entropy,
+    dense,
+    depthwise,
+    expand_depthwise,
+    mlp,
+    pointwise,
+    pool,
+    rnn,
+)
 from .harness import ROOT, kernel_sources, kernel_table
 
 
@@ -22,11 +35,16 @@ def every_convolution(library):
         operation.every_kernel(library)
 
 
+def every_linear(library):
+    for operation in (cross_entropy, mlp):
+        operation.every_kernel(library)
+
+
 # by family, the folder in csrc/: launches each instance of each of its kernels
 EVERY_KERNEL = {
     "attention": every_attention,
     "conv": every_convolution,
-    "linear": mlp.every_kernel,
+    "linear": every_linear,
     "norm": channel_norms.every_kernel,
     "rnn": rnn.every_kernel,
 }
