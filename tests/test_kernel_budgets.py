@@ -229,6 +229,12 @@ def reads_pieces(kernel: str, text: str) -> list[str]:
     return reads_rows_128(kernel, text) if kernel.endswith("true>") else []
 
 
+def reads_fours(kernel: str, text: str) -> list[str]:
+    """gaussian_sample<dtype, whether rows go in pieces of four>"""
+    bits = 64 if is_16bit(kernel) else 128
+    return [] if kernel.endswith("false>") or f"LDG.E.{bits}" in text else [f"no {bits}-bit loads from global memory"]
+
+
 # What a family's design says of each of its kernels. Weights and gates_x of any hidden size are read element by element (rows of
 # odd sizes are not 16-byte aligned): 128-bit global loads are for what the kernels lay out themselves.
 DESIGN: dict[str, list[Callable[[str, str], list[str]]]] = {
@@ -260,6 +266,9 @@ DESIGN: dict[str, list[Callable[[str, str], list[str]]]] = {
     "layer_norm_planes": [computes_in_float32],
     "layer_norm_planes_gradient": [computes_in_float32],
     "layer_norm_planes_sums": [computes_in_float32],
+    "gaussian_sample": [computes_in_float32, reads_fours],
+    "gaussian_sample_gradient": [computes_in_float32, reads_fours],
+    "gaussian_merge": [],
     "attention_forward": [multiplies_from_shared_blocks, copies_asynchronously, reads_rows_128, uses_exp2],
     "attention_backward": [multiplies_from_shared_blocks, copies_asynchronously, uses_exp2],
     "attention_blanks": [],

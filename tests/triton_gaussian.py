@@ -9,7 +9,7 @@ DTYPES = {"f32": tuple(SHAPES), "bf16": tuple(SHAPES), "f16": ("vectors",)}
 
 
 def configurations() -> list[tuple[str, str, str]]:
-    """(kernel, shape, dtype). A launch is fixed by the tile, which follows from the columns and their alignment; both gradients are given."""
+    """(kernel, shape, dtype). A launch is fixed by the tile, which follows from columns and alignment; both gradients are given."""
     return [(kernel, shape, dtype) for kernel in KERNELS for dtype, shapes in DTYPES.items() for shape in shapes]
 
 

@@ -5,8 +5,9 @@
 eps are pyops/ops/_philox.py's normal numbers: blocks of four neighbouring columns. Logarithm, sine, cosine and exponential are Cephes'
 polynomials: the special function unit's own are too coarse where u is near one and where a deviation is large.
 
-Tiling: a program owns BLOCK_R rows x BLOCK_D columns; a longer row's divergences go through fp32 partials that PyTorch adds up. Floors: mean
-and log_var (and grad) read once, each result written once; some 65 operations an element, most of them Philox's and Box-Muller's.
+Tiling: a program owns BLOCK_R rows x BLOCK_D columns; a longer row's divergences go through fp32 partials that PyTorch adds up.
+
+Floors: mean and log_var (and grad) read once, each result written once; some 65 operations an element, most of them the numbers'.
 """
 
 import torch

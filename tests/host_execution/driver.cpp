@@ -15,6 +15,7 @@
 #include "../../csrc/linear/mlp_cuda.h"
 #include "../../csrc/norm/channel_norms_cuda.h"
 #include "../../csrc/rnn/scan.cuh"
+#include "../../csrc/sampling/gaussian_cuda.h"
 
 using namespace pyops;
 using namespace pyops::rnn;
@@ -186,6 +187,16 @@ int host_layer_norm_workspace(const norm::LayerNorm* p, int64_t* bytes, char* er
 
 int host_layer_norm(int gradient, const norm::LayerNorm* p, void* workspace, char* error, int error_bytes) {
   return guarded(error, error_bytes, [&] { gradient ? norm::layer_norm_gradient(*p, workspace, nullptr) : norm::layer_norm(*p, nullptr); });
+}
+
+int host_gaussian_workspace(const sampling::Gaussian* p, int64_t* bytes, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { *bytes = static_cast<int64_t>(sampling::gaussian_workspace(*p)); });
+}
+
+// gradient: of the sample, which needs no workspace.
+int host_gaussian(int gradient, const sampling::Gaussian* p, void* workspace, char* error, int error_bytes) {
+  return guarded(error, error_bytes,
+                 [&] { gradient ? sampling::gaussian_gradient(*p, nullptr) : sampling::gaussian(*p, workspace, nullptr); });
 }
 
 int host_mlp_floats(const linear::MlpSizes* sizes, int dtype, int64_t* floats, char* error, int error_bytes) {

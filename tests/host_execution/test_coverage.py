@@ -17,6 +17,7 @@ from . import (
     dense,
     depthwise,
     expand_depthwise,
+    gaussian,
     mlp,
     pointwise,
     pool,
@@ -47,6 +48,7 @@ EVERY_KERNEL = {
     "linear": every_linear,
     "norm": channel_norms.every_kernel,
     "rnn": rnn.every_kernel,
+    "sampling": gaussian.every_kernel,
 }
 
 
