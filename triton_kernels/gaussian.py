@@ -142,7 +142,8 @@ def gaussian_grad_kernel(
 def gaussian_run(mean, log_var, seed) -> tuple[Tensor, Tensor]:
     """As pyops::gaussian_run."""
     mean, log_var = _rows(mean), _rows(log_var)
-    N, D, block = *mean.shape, launch_config(mean.shape[1], mean.stride(0), log_var.stride(0))
+    N, D = mean.shape
+    block = launch_config(D, mean.stride(0), log_var.stride(0))
     segments = triton.cdiv(D, block["BLOCK_D"])
     z = torch.empty(N, D, dtype=mean.dtype, device=mean.device)
     kl = torch.empty(N, segments, dtype=torch.float32, device=mean.device)
@@ -157,7 +158,8 @@ def gaussian_grad(mean, log_var, seed, grad, grad_kl) -> tuple[Tensor, Tensor]:
     """The gradients of mean and of log_var, as pyops::gaussian_grad."""
     mean, log_var = _rows(mean), _rows(log_var)
     grad, grad_kl = None if grad is None else _rows(grad), None if grad_kl is None else grad_kl.contiguous()
-    N, D, apart = *mean.shape, [mean.stride(0), log_var.stride(0), 0 if grad is None else grad.stride(0)]
+    N, D = mean.shape
+    apart = [mean.stride(0), log_var.stride(0), 0 if grad is None else grad.stride(0)]
     block = launch_config(D, *apart)
     segments = triton.cdiv(D, block["BLOCK_D"])
     found = [torch.empty(N, D, dtype=mean.dtype, device=mean.device) for _ in range(2)]
