@@ -9,7 +9,8 @@ from pyops import _backends
 from pyops.ops import _capsule_ops, _capsule_train, _conv_call, _fused_ops  # noqa: F401  (registers the op with gradients)
 
 OP = "capsule_routing"
-MOST = 4096  # elements of an input's predictions that a GPU kernel takes, each power of two above J times that above D
+MOST_TRITON = 4096  # elements of an input's predictions in a tile, J and D as powers of two
+MOST_OUTPUTS, MOST_ELEMENTS, MOST_TERMS = 256, 32, 16384  # csrc/capsule/routing.cu's threads, registers and shared memory
 
 
 def capsule_routing(predictions: Tensor, num_iterations: int = 3, *, stop_gradient: bool = False, backend: str | None = None) -> Tensor:
@@ -39,7 +40,7 @@ def capsule_routing(predictions: Tensor, num_iterations: int = 3, *, stop_gradie
     """
     _check(predictions, num_iterations, stop_gradient)
     device = predictions.device.type
-    reasons = lambda name: _unsupported(predictions, name)  # noqa: E731
+    reasons = lambda name: _unsupported(predictions, num_iterations, name)  # noqa: E731
     name = _backends.select(OP, _backends.requested(backend), _conv_call.order(device, _conv_call.is_recorded()), reasons)
     if not torch.compiler.is_compiling():
         _backends.log_choice(OP, device, name)
@@ -65,11 +66,15 @@ def _eager(u: Tensor, num_iterations: int, stop_gradient: bool) -> Tensor:
     return v
 
 
-def _unsupported(predictions: Tensor, backend: str) -> str | None:
+def _unsupported(predictions: Tensor, num_iterations: int, backend: str) -> str | None:
     J, D = predictions.shape[2:]
     reason = _conv_call.unsupported(predictions.device.type, predictions.dtype, backend)
-    if reason is None and backend in ("cuda", "triton") and _capsule_ops.padded(J) * _capsule_ops.padded(D) > MOST:
-        return f"J and D as powers of two multiply to {MOST} at most, {J} and {D} to more"
+    if reason is None and backend == "triton" and _capsule_ops.padded(J) * _capsule_ops.padded(D) > MOST_TRITON:
+        return f"J and D as powers of two multiply to {MOST_TRITON} at most, these {J} and {D} to more"
+    if reason is None and backend == "cuda" and (J > MOST_OUTPUTS or D > MOST_ELEMENTS or J * (D + 1) * num_iterations > MOST_TERMS):
+        return (
+            f"J is {MOST_OUTPUTS} at most, D {MOST_ELEMENTS} and J * (D + 1) * num_iterations {MOST_TERMS}, got {J}, {D} and {num_iterations}"
+        )
     return reason
 
 
@@ -93,7 +98,7 @@ def _explain(predictions, num_iterations=3, *, stop_gradient=False, backend=None
     _check(predictions, num_iterations, stop_gradient)
     device = predictions.device.type
     facts = f"{device}, {str(predictions.dtype)[6:]}, shape {tuple(predictions.shape)}, {num_iterations} iterations"
-    reasons = lambda name: _unsupported(predictions, name)  # noqa: E731
+    reasons = lambda name: _unsupported(predictions, num_iterations, name)  # noqa: E731
     return _backends.build_explanation(OP, facts, _backends.requested(backend), _conv_call.order(device), reasons)
 
 

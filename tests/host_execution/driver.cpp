@@ -3,6 +3,7 @@
 
 #include "../../csrc/attention/attention_backward_cuda.h"
 #include "../../csrc/attention/attention_cuda.h"
+#include "../../csrc/capsule/routing_cuda.h"
 #include "../../csrc/common/cuda_registry.h"
 #include "../../csrc/common/launch.cuh"
 #include "../../csrc/conv/channel_cuda.h"
@@ -197,6 +198,15 @@ int host_gaussian_workspace(const sampling::Gaussian* p, int64_t* bytes, char* e
 int host_gaussian(int gradient, const sampling::Gaussian* p, void* workspace, char* error, int error_bytes) {
   return guarded(error, error_bytes,
                  [&] { gradient ? sampling::gaussian_gradient(*p, nullptr) : sampling::gaussian(*p, workspace, nullptr); });
+}
+
+int host_capsule_workspace(int gradient, const capsule::Routing* p, int64_t* bytes, char* error, int error_bytes) {
+  return guarded(error, error_bytes, [&] { *bytes = static_cast<int64_t>(capsule::routing_workspace(*p, gradient != 0)); });
+}
+
+int host_capsule(int gradient, const capsule::Routing* p, void* workspace, char* error, int error_bytes) {
+  return guarded(error, error_bytes,
+                 [&] { gradient ? capsule::routing_gradient(*p, workspace, nullptr) : capsule::routing(*p, workspace, nullptr); });
 }
 
 int host_mlp_floats(const linear::MlpSizes* sizes, int dtype, int64_t* floats, char* error, int error_bytes) {

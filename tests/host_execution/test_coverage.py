@@ -11,6 +11,7 @@ from ..budgets import differences
 from . import (
     attention,
     attention_backward,
+    capsule,
     channel,
     channel_norms,
     cross_entropy,
@@ -44,6 +45,7 @@ def every_linear(library):
 # by family, the folder in csrc/: launches each instance of each of its kernels
 EVERY_KERNEL = {
     "attention": every_attention,
+    "capsule": capsule.every_kernel,
     "conv": every_convolution,
     "linear": every_linear,
     "norm": channel_norms.every_kernel,
