@@ -209,6 +209,10 @@ def reads_rows_128(kernel: str, text: str) -> list[str]:
     return [] if "LDG.E.128" in text else ["no 128-bit loads from global memory"]
 
 
+def writes_rows_128(kernel: str, text: str) -> list[str]:
+    return [] if "STG.E.128" in text else ["no 128-bit stores to global memory"]
+
+
 def multiplies_from_shared_blocks(kernel: str, text: str) -> list[str]:
     """Attention: keys as they are and values transposed, four 8x8 matrices at once, to tensor cores."""
     faults = multiplies(kernel, text)
@@ -279,6 +283,9 @@ DESIGN: dict[str, list[Callable[[str, str], list[str]]]] = {
     "routing_pass": [computes_in_float32, reads_vectors],
     "routing_gradient_pass": [computes_in_float32, reads_vectors],
     "routing_write": [computes_in_float32, reads_vectors, writes_vectors],
+    "routing_pass": [computes_in_float32, reads_rows_128],
+    "routing_gradient_pass": [computes_in_float32, reads_rows_128],
+    "routing_write": [computes_in_float32, reads_rows_128, writes_rows_128],
     "routing_finish": [],
     "mlp_rows": [multiplies_in_registers, reads_shared_128, copies_asynchronously, reads_rows_128],
     "mlp_pack_pieces": [],

@@ -43,7 +43,7 @@ BOTH = {  # likewise, in f32 and bf16: each way through attention's kernels
         "lengths_reverse", "lengths_bias", "causal_more", "window_left", "bias_columns", "mask", "softcap", "alibi", "dropout",
         "ragged_cross", "ragged_bias", "column_major", "head_72", "one_key",
     ),
-    "capsule_routing": ("",),
+    "capsule_routing": ("odd", "many_outputs", "by_input_odd", "strided", "six_iterations", "constant_couplings", "one_"),
     "window_attention": ("odd", "no_table", "cosine", "dropout", "one_token"),
 }  # fmt: skip
 

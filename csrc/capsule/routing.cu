@@ -68,7 +68,7 @@ PYOPS_DEVICE float merged(const RoutingParams& p, const Place& me, int e) {
   return sum;
 }
 
-// to = V of iteration t = v_0 + .. + v_(t-1), from sums of earlier launches, s = scratch. Ends with a barrier.
+// to += squash(s). Ends with a barrier.
 PYOPS_DEVICE void add_squashed(const RoutingParams& p, const Place& me, const float* s, float* to) {
   for (int j = me.thread; j < p.J; j += kThreads) {
     const int row = j * Place::stride(p);
@@ -82,6 +82,7 @@ PYOPS_DEVICE void add_squashed(const RoutingParams& p, const Place& me, const fl
 PYOPS_DEVICE float* sums_of(const RoutingParams& p, const Place& me, int t) {
   return p.sums + (static_cast<int64_t>(me.n) * p.T + t) * p.J * p.D;
 }
+// to = v_0 + .. + v_(count-1), from the sums of launches before the last; s: scratch. Ends with a barrier.
 PYOPS_DEVICE void add_earlier(const RoutingParams& p, const Place& me, int count, float* s, float* to) {
   each(p, me, [&](int at, int) { to[at] = 0.f; });
   for (int t = 0; t < count; ++t) {
