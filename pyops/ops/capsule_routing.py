@@ -72,7 +72,8 @@ def _unsupported(predictions: Tensor, num_iterations: int, backend: str) -> str 
     if reason is None and backend == "triton" and _capsule_ops.padded(J) * _capsule_ops.padded(D) > MOST_TRITON:
         return f"J and D as powers of two multiply to {MOST_TRITON} at most, these {J} and {D} to more"
     if reason is None and backend == "cuda" and (J > MOST_OUTPUTS or D > MOST_ELEMENTS or J * (D + 1) * num_iterations > MOST_TERMS):
-        return f"J is {MOST_OUTPUTS} at most, D {MOST_ELEMENTS} and J * (D + 1) * num_iterations {MOST_TERMS}, got {J}, {D} and {num_iterations}"
+        most = f"J is {MOST_OUTPUTS} at most, D {MOST_ELEMENTS}, J * (D + 1) * num_iterations {MOST_TERMS}"
+        return f"{most}, got {J}, {D} and {num_iterations} iterations"
     return reason
 
 
