@@ -4,6 +4,7 @@ the most memory that one holds. Images in both layouts, of the size that the net
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -41,7 +42,9 @@ def build(name: str, batch: int, train: bool) -> tuple[nn.Module, Any, tuple[Ten
     inputs = tuple(value.to(DEVICE) for value in zoo.entry(name).inputs(batch))
 
     def eager(layout: torch.memory_format):
-        model = twin(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torchvision's, of random weights that are replaced here
+            model = twin(name)
         model.load_state_dict(ours.state_dict())
         return laid_out(model.to(DEVICE).train(train), inputs, layout)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -14,7 +15,7 @@ INSTALL = "pyops summary runs on torchinfo, which is not installed: pip install 
 
 
 class Row(NamedTuple):
-    """A module. flops: two for a product and its addition in convolutions, linear and recurrent layers and attention; None: its layers have rows of their own, or it is not called.
+    """A module. flops: two for a product and its addition in convolutions, linear and recurrent layers and attention.
     runs: who runs it in inference, and with which others."""
 
     name: str
@@ -25,13 +26,13 @@ class Row(NamedTuple):
     kernel: str
     stride: str
     parameters: int
-    flops: int | None
+    flops: int
     runs: str
 
 
 class Summary(NamedTuple):
     """parameters, trainable: of the whole network, each counted once; calls: how many calls stand for how many layers; unused: layers with
-    parameters that were not called."""
+    parameters that nobody calls."""
 
     rows: list[Row]
     parameters: int
@@ -46,7 +47,7 @@ class Summary(NamedTuple):
 def summarize(model: nn.Module, inputs: tuple[Any, ...], depth: int | None = None) -> Summary:
     """The table of `model` on `inputs`, down to `depth` levels below it (None: all). A module that is called several times is one row:
     sizes and who ran it are of its last call, FLOPs of all. Modules without layers below them, or at `depth`, have the counts of all that
-    is in them; others what is theirs alone.
+    is in them; others what no row below has: their own parameters and products, and those of layers that they use without a call.
 
     Raises ImportError without torchinfo, and whatever the model's forward raises.
     """
@@ -66,8 +67,10 @@ def summarize(model: nn.Module, inputs: tuple[Any, ...], depth: int | None = Non
             continue
         seen.add(module)
         whole = module in layers or info.is_leaf_layer or info.depth == deepest
-        parameters = sum(p.numel() for p in module.parameters(recurse=whole))
-        counted = flops.get(module) if whole else None
+        below = [] if whole else list(_called_below(module, flops))
+        listed = {p for part in below for p in part.parameters()}
+        parameters = sum(p.numel() for p in module.parameters() if p not in listed)
+        counted = max(0, flops.get(module, 0) - sum(flops[part] for part in below))
         name = info.var_name if info.depth else type(module).__name__
         runs = _runs(module, layers) if whole else ""
         ends = sizes.get(id(module), ("", ""))
@@ -88,6 +91,15 @@ def summarize(model: nn.Module, inputs: tuple[Any, ...], depth: int | None = Non
         alone + len(grouped),
         unused,
     )
+
+
+def _called_below(module: nn.Module, flops: dict[nn.Module, int]) -> Iterator[nn.Module]:
+    """The nearest modules below one that were called."""
+    for child in module.children():
+        if child in flops:
+            yield child
+        else:
+            yield from _called_below(child, flops)
 
 
 def _runs(module: nn.Module, layers: dict[nn.Module, Node]) -> str:

@@ -63,7 +63,8 @@ def summary(
     console.print(f"{found.parameters:,} parameters{frozen}, {found.bytes / 2**20:.1f} MiB; {short(found.flops)} FLOPs (a product and its")
     console.print(f"addition are two, nothing else counts); {found.layers} layers called, {found.calls} calls when they run together")
     if found.unused:
-        console.print(f"not called, though they have parameters: {', '.join(found.unused)}", markup=False)
+        more = f" and {len(found.unused) - 5} more" if len(found.unused) > 5 else ""
+        console.print(f"layers that nobody calls, for what is around them to use or not: {', '.join(found.unused[:5])}{more}", markup=False)
 
 
 @app.command()
@@ -177,7 +178,7 @@ def size_of(value: Any) -> str:
     return " x ".join(map(str, value.shape))
 
 
-def short(count: int | None) -> str:
+def short(count: int) -> str:
     """1234567 -> 1.23 M."""
     if not count:
         return "-"

@@ -52,10 +52,10 @@ def test_sizes_and_counts():
     assert (conv.parameters, conv.flops) == (3 * 8 * 9 + 8, 2 * 8 * 8 * 8 * 3 * 9)
     assert (rows["pool"].output, rows["pool"].flops) == ("1 x 1 x 8", 0)
     assert (rows["head"].input, rows["head"].parameters, rows["head"].flops) == ("1 x 8", 45, 2 * 8 * 5)
-    assert rows["blocks"].parameters == 0 and rows["blocks"].flops is None, "what is below it has rows of its own"
+    assert rows["blocks"].parameters == rows["blocks"].flops == 0, "what is below it has rows of its own"
     found = summarize(seen_network.plain(), IMAGE)
     assert found.parameters == sum(row.parameters for row in found.rows) == found.trainable
-    assert found.bytes == 4 * found.parameters and found.flops == sum(row.flops or 0 for row in found.rows)
+    assert found.bytes == 4 * found.parameters and found.flops == sum(row.flops for row in found.rows)
     assert found.layers == found.calls == 2 + 2 * 6 + 2  # ReLU of a block is called twice
 
 
@@ -65,7 +65,7 @@ def test_depth():
     assert list(rows) == ["", "stem", "blocks", "pool", "head"]
     inside = [row for path, row in all_rows.items() if path.startswith("blocks.")]
     assert rows["blocks"].parameters == sum(row.parameters for row in inside)
-    assert rows["blocks"].flops == sum(row.flops or 0 for row in inside) > 0
+    assert rows["blocks"].flops == sum(row.flops for row in inside) > 0
     assert rows["blocks"].runs == "PyTorch"
 
 
@@ -169,8 +169,25 @@ def test_what_is_not_called():
 
     found = summarize(Net(), (torch.randn(2, 4),))
     assert found.unused == ["spare"] and found.parameters == 20 + 15 and found.layers == 1
+    assert [row.parameters for row in found.rows] == [15, 20]
     attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     assert summarize(attention, (torch.randn(1, 5, 8),)).unused == [], "out_proj is called by nobody, but it is attention's"
+
+
+def test_layers_used_without_a_call():
+    """A module that multiplies by a layer's weight itself has the layer's counts."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return nn.functional.linear(self.first(x), self.second.weight)
+
+    found = summarize(Net(), (torch.randn(2, 4),))
+    assert [(row.name, row.flops, row.parameters) for row in found.rows] == [("Net", 2 * 2 * 4 * 3, 15), ("first", 2 * 2 * 4 * 4, 20)]
+    assert found.unused == ["second"]
 
 
 def test_the_model_is_left_as_it_was():
