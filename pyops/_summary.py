@@ -72,7 +72,7 @@ def summarize(model: nn.Module, inputs: tuple[Any, ...], depth: int | None = Non
         parameters = sum(p.numel() for p in module.parameters() if p not in listed)
         counted = max(0, flops.get(module, 0) - sum(flops[part] for part in below))
         name = info.var_name if info.depth else type(module).__name__
-        runs = _runs(module, layers) if whole else ""
+        runs = "" if below or module not in flops else _runs(module, layers)
         ends = sizes.get(id(module), ("", ""))
         rows.append(Row(name, type(module).__name__, info.depth, *ends, *options_of(module), parameters, counted, runs))
     grouped = found.groups().values()
@@ -105,12 +105,10 @@ def _called_below(module: nn.Module, flops: dict[nn.Module, int]) -> Iterator[nn
 def _runs(module: nn.Module, layers: dict[nn.Module, Node]) -> str:
     """Who runs a module: a numbered call with others, pyops alone, or PyTorch, which is said of all that is not known to be pyops'."""
     nodes = [layers[part] for part in module.modules() if part in layers]
-    if not nodes:
-        return ""
     groups = {node.group for node in nodes}
     ours = [node for node in nodes if _is_ours(node.runner or node.module)]
-    if groups == {None} and len(ours) in (0, len(nodes)):
-        return "pyops" if ours else "PyTorch"
+    if groups <= {None} and len(ours) in (0, len(nodes)):
+        return "pyops" if ours or (not nodes and _is_ours(module)) else "PyTorch"
     if len(groups) > 1 or None in groups:
         return f"{sum(node.group is None for node in nodes) + len(groups - {None})} calls"
     kind = type(nodes[0].runner).__name__

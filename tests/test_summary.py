@@ -190,6 +190,15 @@ def test_layers_used_without_a_call():
     assert found.unused == ["second"]
 
 
+def test_a_module_that_calls_no_layer():
+    class Own(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.inner = nn.Linear(4, 4)
+
+    assert {path: row.runs for path, row in table(nn.Sequential(Own()), (torch.randn(2, 4),)).items()} == {"": "", "0": "PyTorch"}
+
+
 def test_the_model_is_left_as_it_was():
     model = seen_network.ours().train()
     model.blocks[1].eval()

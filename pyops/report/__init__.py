@@ -12,7 +12,8 @@ __all__ = ["html", "load", "markdown", "write"]
 
 LEAD = (
     "Times are medians of one call; every baseline is timed in the same rounds as pyops, and a ratio is the median over rounds of its time "
-    "over pyops': above 1x pyops is faster. Peaks are measured on the machine: a large GEMM of the dtype and a large copy."
+    "over pyops': above 1x pyops is faster. Peaks are measured on the machine: a large GEMM of the dtype and a large copy. "
+    "Peak memory is the most that a call's tensors hold at once; a baseline's is a multiple of pyops'."
 )
 
 
