@@ -134,7 +134,7 @@ def _group(nodes: list[Node], called: set[nn.Module]) -> None:
 
 
 class _Flow(TorchFunctionMode):
-    """Follows tensors from call to call: who made each, and whether an image's channels come last."""
+    """Follows tensors from call to call: who made each, and of images whether their channels come last."""
 
     def __init__(self, model: nn.Module, depth: int | None):
         super().__init__()
@@ -180,9 +180,14 @@ class _Flow(TorchFunctionMode):
         self.stack.pop()
         self.hidden -= module in self.whole
         given, results = _tensors((args, kwargs)), _tensors(result)
+        if not any(module.children()):  # a layer may have made rows of an image, and an image of them again
+            last = self.layout_after("linear" if isinstance(module, nn.Linear) else "", (), given)
+            for t in results:
+                if last is not None and t.dim() == 4:
+                    self.channels_last.setdefault(id(t), last)
         self.trace.sizes[id(module)] = self.size(given), self.size(results)
         if module in self.whole and not self.hidden:
-            last = self.channels_last.get(id(results[0]), False) if results else False
+            last = self.channels_last.get(id(results[0])) if results else None
             self.made(Node(self.names[module], module, tuple(self.stack)), given, results, last)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -199,32 +204,42 @@ class _Flow(TorchFunctionMode):
             self.made(Node(name.strip("_"), None, tuple(self.stack)), given, results, last)
         return result
 
-    def layout_after(self, name: str, args: Any, given: list[Tensor]) -> bool:
-        """Whether channels come last in what a function gives."""
+    def layout_after(self, name: str, args: Any, given: list[Tensor]) -> bool | None:
+        """Whether channels come last in what a function gives; None: it is no image."""
         if name.endswith("2d"):
+            for t in given:
+                self.channels_last.setdefault(id(t), False)  # whatever made it: now it is an image
             return False
+        known = [last for t in given if t.dim() == 4 and (last := self.channels_last.get(id(t))) is not None]
+        if not known:
+            return None
         if name in ("linear", "layer_norm"):
             return True
         if name == "permute":
             order = tuple(args[1] if isinstance(args[1], (tuple, list, torch.Size)) else args[1:])
             if order in ((0, 2, 3, 1), (0, 3, 1, 2)):
                 return order[1] == 2
-        return any(self.channels_last.get(id(t), False) for t in given)
+        return any(known)
 
-    def pass_on(self, given: list[Tensor], results: list[Tensor], last: bool) -> None:
+    def keep(self, t: Tensor, last: bool | None) -> None:
+        self.alive.append(t)
+        self.channels_last.pop(id(t), None)
+        if last is not None:
+            self.channels_last[id(t)] = last
+
+    def pass_on(self, given: list[Tensor], results: list[Tensor], last: bool | None) -> None:
         maker = next((self.makers[id(t)] for t in given if id(t) in self.makers), None)
         for t in results:
-            self.alive.append(t)
-            self.channels_last[id(t)] = last
+            self.keep(t, last)
             if maker is not None and not self.hidden:
                 self.makers[id(t)] = maker
 
-    def made(self, node: Node, given: list[Tensor], results: list[Tensor], last: bool) -> None:
+    def made(self, node: Node, given: list[Tensor], results: list[Tensor], last: bool | None) -> None:
         self.trace.nodes.append(node)
         self.trace.edges += self.edges(given, node)
         for t in results:
-            self.alive.append(t)
-            self.makers[id(t)], self.channels_last[id(t)] = node, last
+            self.keep(t, last)
+            self.makers[id(t)] = node
 
     def edges(self, given: list[Tensor], node: Node) -> list[Edge]:
         """One from each maker."""
@@ -236,8 +251,9 @@ class _Flow(TorchFunctionMode):
         if not tensors:
             return ""
         shape = tuple(tensors[0].shape)
-        if len(shape) == 4:
-            shape = shape[1:] if self.channels_last.get(id(tensors[0]), False) else (*shape[2:], shape[1])
+        last = self.channels_last.get(id(tensors[0]))
+        if len(shape) == 4 and last is not None:
+            shape = shape[1:] if last else (*shape[2:], shape[1])
         return " x ".join(map(str, shape))
 
 

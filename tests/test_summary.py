@@ -133,6 +133,22 @@ def test_images_with_channels_last():
     assert rows["3"].output == "4 x 3 x 16"
 
 
+def test_four_dimensions_that_are_no_image():
+    """Heads of attention are not, nor rows in a grid until a convolution takes them."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.grid, self.heads, self.conv = nn.Unflatten(2, (2, 4)), nn.Identity(), nn.Conv2d(4, 6, 1)
+
+        def forward(self, x):
+            return self.conv(self.heads(self.grid(x).transpose(1, 2)).permute(0, 3, 1, 2))
+
+    rows = table(Net(), (torch.randn(1, 5, 8),))
+    assert (rows["grid"].input, rows["grid"].output, rows["heads"].output) == ("1 x 5 x 8", "1 x 5 x 2 x 4", "1 x 2 x 5 x 4")
+    assert (rows["conv"].input, rows["conv"].output) == ("2 x 5 x 4", "2 x 5 x 6")
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, pyops.nn.LSTM])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_flops_of_recurrent_layers(kind, bidirectional):
