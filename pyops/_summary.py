@@ -60,7 +60,9 @@ def summarize(model: nn.Module, inputs: tuple[Any, ...], depth: int | None = Non
         statistics = torchinfo.summary(model, input_data=list(inputs), depth=depth or sys.maxsize, verbose=0, col_names=(), mode="eval")
     layers = {node.module: node for node in found.nodes if node.module is not None}
     sizes, deepest = found.sizes, depth or sys.maxsize
-    rows, seen = [], set()
+    hidden = {part for layer in layers for part in layer.modules() if part is not layer}  # of attention: its own
+    rows: list[Row] = []
+    seen = set(hidden)
     for info in statistics.summary_list:
         module = info.module
         if info.depth > deepest or module in seen:
@@ -79,8 +81,7 @@ def summarize(model: nn.Module, inputs: tuple[Any, ...], depth: int | None = Non
     alone = sum(node.module is not None and node.group is None for node in found.nodes)
     together = sum(node.module is not None for group in grouped for node in group)
     every = list(model.parameters())
-    inside = {part for layer in layers for part in layer.modules()}
-    unused = [n for n, part in model.named_modules() if part not in inside and id(part) not in sizes and [*part.parameters(recurse=False)]]
+    unused = [n for n, part in model.named_modules() if part not in hidden and id(part) not in sizes and [*part.parameters(recurse=False)]]
     return Summary(
         rows,
         sum(p.numel() for p in every),

@@ -45,6 +45,7 @@ def summary(
         print(json.dumps(found._asdict() | {"rows": [row._asdict() for row in found.rows]}, indent=1))
         return
     from rich.box import SIMPLE_HEAD
+    from rich.measure import Measurement
     from rich.table import Table
 
     title = f"{network}, input {', '.join(size_of(value) for value in inputs)}; images as height x width x channels"
@@ -57,7 +58,8 @@ def summary(
         names = (escape("  " * row.depth + row.name), escape(row.kind))
         table.add_row(*names, row.input, row.output, row.kernel, row.stride, *numbers, row.runs)
     console = out()
-    console.width = max(console.width, 150)  # a row that is cut short would mislead; a narrow terminal folds the lines
+    natural = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    console.width = max(console.width, natural)  # a row that is cut short would mislead; a narrow terminal folds the lines
     console.print(table)
     frozen = "" if found.trainable == found.parameters else f", {found.trainable:,} of them trainable"
     console.print(f"{found.parameters:,} parameters{frozen}, {found.bytes / 2**20:.1f} MiB; {short(found.flops)} FLOPs (a product and its")

@@ -190,6 +190,21 @@ def test_what_is_not_called():
     assert summarize(attention, (torch.randn(1, 5, 8),)).unused == [], "out_proj is called by nobody, but it is attention's"
 
 
+@pytest.mark.parametrize("kind", [nn.MultiheadAttention, pyops.nn.MultiheadAttention])
+def test_attention_is_one_layer(kind):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = kind(8, 2)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    found = summarize(Net(), (torch.randn(5, 1, 8),))
+    assert [(row.name, row.parameters, row.output) for row in found.rows] == [("Net", 0, "5 x 1 x 8"), ("attention", 288, "5 x 1 x 8")]
+    assert found.rows[1].runs == ("pyops" if kind is pyops.nn.MultiheadAttention else "PyTorch") and not found.unused
+
+
 def test_layers_used_without_a_call():
     """A module that multiplies by a layer's weight itself has the layer's counts."""
 
