@@ -33,13 +33,16 @@ from .efficientnet import (
     efficientnet_b6,
     efficientnet_b7,
 )
+from .hybrid import DigitsHybrid, digits_hybrid
 from .inception import Inception3, InceptionOutputs, inception_v3
 from .lenet import LeNet, lenet, lenet5
 from .mlp import MLP, Regression, linear_regression, logistic_regression, mlp, softmax_regression
 from .mobilenet import MobileNetV2, mobilenet_v2
 from .resnet import ResNet, resnet18, resnet18_no_bn, resnet34, resnet50, resnet101, resnet152
+from .seq2seq import AdditiveAttention, Seq2Seq, seq2seq
 from .sequence import LanguageModel, TimeSeries, language_model, time_series
 from .swin import SwinTransformer, swin_b, swin_s, swin_t, swin_v2_b, swin_v2_s, swin_v2_t
+from .transformer import TranslationTransformer, transformer
 from .vgg import VGG, vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn, vgg_compact
 from .vit import VisionTransformer, vit_b_16, vit_b_32, vit_l_16
 
@@ -53,20 +56,16 @@ __all__ = [  # noqa: RUF022  (by network)
     "DenseNet", "densenet121", "densenet161", "densenet169", "densenet201",
     "EfficientNet", "efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "efficientnet_b4", "efficientnet_b5",
     "efficientnet_b6", "efficientnet_b7",
+    "DigitsHybrid", "digits_hybrid",
     "Inception3", "InceptionOutputs", "inception_v3",
     "LeNet", "lenet", "lenet5",
     "MLP", "Regression", "linear_regression", "logistic_regression", "mlp", "softmax_regression",
     "MobileNetV2", "mobilenet_v2",
     "ResNet", "resnet101", "resnet152", "resnet18", "resnet18_no_bn", "resnet34", "resnet50",
+    "AdditiveAttention", "Seq2Seq", "seq2seq",
     "LanguageModel", "TimeSeries", "language_model", "time_series",
     "SwinTransformer", "swin_b", "swin_s", "swin_t", "swin_v2_b", "swin_v2_s", "swin_v2_t",
+    "TranslationTransformer", "transformer",
     "VGG", "vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "vgg_compact",
     "VisionTransformer", "vit_b_16", "vit_b_32", "vit_l_16",
-from .hybrid import DigitsHybrid, digits_hybrid
-from .seq2seq import AdditiveAttention, Seq2Seq, seq2seq
-from .transformer import TranslationTransformer, transformer
-
-    "DigitsHybrid", "digits_hybrid",
-    "AdditiveAttention", "Seq2Seq", "seq2seq",
-    "TranslationTransformer", "transformer",
 ]  # fmt: skip
