@@ -235,16 +235,14 @@ def public(name: str, dtype: torch.dtype) -> str | None:
     from pyops import _backends
     from pyops.testing import SPECS, within_gate
 
+    floats = lambda v: isinstance(v, torch.Tensor) and v.is_floating_point()  # noqa: E731  (classes are not)
+
     def leaves(value):
-        return (
-            [value]
-            if isinstance(value, torch.Tensor)
-            else [leaf for item in (value if isinstance(value, tuple) else ()) for leaf in leaves(item)]
-        )
+        return [value] if floats(value) else [leaf for item in (value if isinstance(value, tuple) else ()) for leaf in leaves(item)]
 
     def run(args, kwargs, backend, wanted):
-        map_ = lambda v: wanted(v) if isinstance(v, torch.Tensor) else tuple(map(map_, v)) if isinstance(v, tuple) else v  # noqa: E731
-        floating = {key: t for key, t in kwargs.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+        map_ = lambda v: wanted(v) if floats(v) else tuple(map(map_, v)) if isinstance(v, tuple) else v  # noqa: E731
+        floating = {key: t for key, t in kwargs.items() if floats(t)}
         args, floating = map_(args), {key: map_(t) for key, t in floating.items()}
         buffers = {key: t.detach() for key, t in floating.items() if key.startswith(("running_", "alibi_"))}  # these have no gradient
         outputs = leaves(SPECS[name].public(*args, **kwargs | floating | buffers, backend=backend))
