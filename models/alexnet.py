@@ -26,6 +26,7 @@ class AlexNet(nn.Module):
             nn.Dropout(dropout), nn.Linear(4096, 4096), nn.ReLU(inplace=True),
             nn.Linear(4096, num_classes),
         )  # fmt: skip
+        self.to(memory_format=torch.channels_last)  # PyTorch would lay out each filter anew in every training step
 
     def forward(self, input: Tensor) -> Tensor:
         y = self.features(input.contiguous(memory_format=torch.channels_last))

@@ -63,6 +63,7 @@ class ResNet(Chained, nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(channels, num_classes)
         self._initialise(zero_init_residual)
+        self.to(memory_format=torch.channels_last)  # PyTorch would lay out each filter anew in every training step
 
     def _initialise(self, zero_init_residual: bool) -> None:
         for part in self.modules():

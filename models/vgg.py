@@ -26,6 +26,7 @@ class VGG(nn.Module):
         self.classifier = classifier
         if init_weights:
             self._initialise()
+        self.to(memory_format=torch.channels_last)  # PyTorch would lay out each filter anew in every training step
 
     def _initialise(self) -> None:
         for part in self.modules():
