@@ -46,6 +46,7 @@ class ResNet(Chained, nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         channels, dilation = 64, 1
+        stages: list[nn.Sequential] = []
         for stage, (count, dilate) in enumerate(zip(layers, [False, *dilates], strict=True)):
             planes, first_dilation = 64 * 2**stage, dilation
             out, stride = planes * block.expansion, 1 if stage == 0 or dilate else 2
@@ -59,7 +60,8 @@ class ResNet(Chained, nn.Module):
                 own = dict(stride=stride, downsample=downsample, dilation=first_dilation) if i == 0 else dict(dilation=dilation)
                 blocks.append(block(channels, planes, **own, **options))
                 channels = out
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(channels, num_classes)
         self._initialise(zero_init_residual)
