@@ -18,9 +18,9 @@ def images(size: int, batch: int = 2):
     return lambda: (torch.randn(batch, 3, size, size),)
 
 
-def laid_out(size: int, batch: int):
+def laid_out(size: int, batch: int, channels: int = 3):
     """Such images in channels_last, for a twin to compute the very sums that ours does."""
-    return lambda: (torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last),)
+    return lambda: (torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last),)
 
 
 def still(model: nn.Module) -> None:
@@ -154,7 +154,7 @@ def test_densenet_with_maxima():
 
 def test_inception_with_its_auxiliary_classifier():
     ours, theirs = both("inception_v3", Case(images(299), INCEPTION, shorten=thin))
-    check_outputs(Case(lambda: (torch.randn(2, 768, 17, 17),)), ours.AuxLogits.eval(), theirs.AuxLogits.eval())
+    check_outputs(Case(laid_out(17, 2, 768)), ours.AuxLogits.eval(), theirs.AuxLogits.eval())
     with torch.no_grad():
         outputs = ours.train()(torch.randn(2, 3, 299, 299))
     assert outputs._fields == ("logits", "aux_logits") and [tuple(y.shape) for y in outputs] == [(2, 10)] * 2
