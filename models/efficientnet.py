@@ -58,15 +58,16 @@ class EfficientNet(nn.Module):
             layers.append(nn.Sequential(*stage))
         layers.append(ConvBNAct(channels, 4 * channels, 1, activation="silu", **options))
         self.features = nn.Sequential(*layers)
-        self.classifier = Sequential(nn.Dropout(dropout), nn.Linear(4 * channels, num_classes))
+        head = nn.Linear(4 * channels, num_classes)
+        self.classifier = Sequential(nn.Dropout(dropout), head)
         for part in self.modules():
             if isinstance(part, nn.Conv2d):
                 nn.init.kaiming_normal_(part.weight, mode="fan_out")
                 if part.bias is not None:
                     nn.init.zeros_(part.bias)
         bound = 1.0 / math.sqrt(num_classes)
-        nn.init.uniform_(self.classifier[1].weight, -bound, bound)
-        nn.init.zeros_(self.classifier[1].bias)
+        nn.init.uniform_(head.weight, -bound, bound)
+        nn.init.zeros_(head.bias)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.classifier(self.features(input.contiguous(memory_format=torch.channels_last)).mean((2, 3)))

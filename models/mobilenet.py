@@ -30,7 +30,7 @@ class InvertedResidual(BlockView, nn.Module):
 
     def __init__(self, inp: int, oup: int, stride: int, expand_ratio: int):
         super().__init__()
-        block = MBConv(inp, oup, 3, stride, expand_ratio, squeeze_channels=0, activation="relu6").block
+        block: Any = MBConv(inp, oup, 3, stride, expand_ratio, squeeze_channels=0, activation="relu6").block
         *layers, project = block
         self.conv = nn.Sequential(*layers, *project)
         self.use_res_connect = stride == 1 and inp == oup

@@ -100,7 +100,8 @@ class VisionTransformer(nn.Module):
         head = nn.Linear(representation_size or hidden_dim, num_classes)
         self.heads.add_module("head", head)
         nn.init.trunc_normal_(self.conv_proj.weight, std=math.sqrt(1 / (3 * patch_size**2)))
-        for tensor in (self.conv_proj.bias, head.weight, head.bias):
+        zeros: tuple[Any, ...] = (self.conv_proj.bias, head.weight, head.bias)
+        for tensor in zeros:
             nn.init.zeros_(tensor)
 
     def forward(self, input: Tensor) -> Tensor:
