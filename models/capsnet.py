@@ -83,7 +83,7 @@ class CapsNet(nn.Module):
 
     def forward(self, input: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         image = input
-        # A training step would lay 21 MB of weights out anew three times (N=8, a Zen 4 core: 235 ms, so 155 ms); in inference they are kept.
+        # a training step would lay 21 MB of weights out anew three times (N=8, a core: 235 ms, so 155 ms); inference keeps them
         if not torch.is_grad_enabled():
             # channels_last by its strides as well, which contiguous() leaves as they are where there is one channel
             rows = input.permute(0, 2, 3, 1)
