@@ -307,6 +307,8 @@ def test_decoding_after_reset_and_reordering():
             cache.reorder(rows)
             history, memory = history[rows], memory[rows]
         cache.reorder(rows, memory=False)  # rows of one source: what is kept of it stays where it is
+        with pytest.raises(ValueError, match="index: expected 3 rows, as many as the memory that stays, got 2"):
+            cache.reorder(rows[:2], memory=False)
         history = torch.cat([history[rows], x[:, :1]], 1)
         found = own(history[:, -1:], None, cache=cache)
         mask = nn.Transformer.generate_square_subsequent_mask(L + 1)

@@ -67,9 +67,12 @@ class KeyValueCache:
     def reorder(self, index: Tensor, memory: bool = True) -> None:
         """Row b becomes what row ``index[b]`` was, as beam search asks for; an index of another length changes the batch size.
 
-        ``memory=False`` leaves the memory where it is: for rows that change places only with rows of the same source.
+        ``memory=False`` leaves the memory where it is: for rows that change places only with rows of the same source. Raises ValueError
+        where they would then be more or fewer than the memory's.
         """
         B, H, most, D = self.key.shape
+        if not memory and self.memory is not None and len(index) != B:
+            raise ValueError(f"KeyValueCache: index: expected {B} rows, as many as the memory that stays, got {len(index)}")
         for name in ("key", "value"):
             buffer = getattr(self, name)
             rows = buffer[:, :, : self.length].index_select(0, index)
