@@ -252,48 +252,82 @@ def kernels(
 @app.command()
 def demo(
     task: Annotated[
-        str, typer.Option(help="sequence: a recurrent layer; images: a network of EfficientNet's blocks; vit: a ViT, then a Swin.")
+        str,
+        typer.Option(
+            help="sequence: a recurrent layer; images: a network of EfficientNet's blocks; vit: a ViT, then a Swin. Whole networks of "
+            "pyops.models: lenet and resnet read digits; characters: a language model; translation: number words to digits."
+        ),
     ] = "sequence",
     cell: Annotated[str | None, typer.Option(help="Of sequence: lstm (default), gru or rnn.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 20 of sequence, 10 of images, 15 of vit.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: what the task needs; with --data one.")] = None,
     backend: Annotated[str | None, typer.Option(help="Ask for one by name; default: pyops chooses.")] = None,
     threads: Annotated[
         int | None,
         typer.Option(
-            min=1, help="CPU threads for both models. Default: torch's for images and vit, 1 for sequence, which gains nothing from more."
+            min=1, help="CPU threads for both models. Default: torch's, but 1 for sequence and text, which gain nothing from more."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the weights and the batches.")] = 0,
+    data: Annotated[Path | None, typer.Option(help="A folder of MNIST's four files; default: scikit-learn's digits, enlarged.")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Keep the training's state in this file after each epoch, and go on from it. Of pyops.models' networks."),
+    ] = None,
     out_path: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("pyops-demo/index.html"),
 ) -> None:
-    """Trains a handwriting classifier with torch.nn and with pyops, side by side: same results, and what it saves.
+    """Trains a network with torch.nn and with pyops, side by side: same results, and what it saves.
 
-    Exits with 1 where the two disagree beyond rounding or do not learn to read.
+    Exits with 1 where the two disagree beyond rounding or do not learn, and with 130 when it is stopped by Ctrl-C.
     """
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from pyops import demo as found
 
     one_of(task, tuple(found.EPOCHS), "--task")
     if cell is not None and task != "sequence":
-        fail(f"--cell: belongs to --task sequence; {task} has no recurrent layer")
+        fail(f"--cell: belongs to --task sequence; {task} has no choice of a recurrent layer")
     cell = one_of(cell or "lstm", tuple(found.CELLS), "--cell")
     one_of(device, DEVICES, "--device")
-    if reason := found.missing():
+    text, network = task in found.text.TASKS, task in found.networks.TASKS
+    if data is not None and not network:
+        fail(f"--data: belongs to --task {', '.join(found.networks.TASKS)}; {task} has data of its own")
+    if checkpoint is not None and not (text or network):
+        fail(f"--checkpoint: belongs to --task {', '.join((*found.networks.TASKS, *found.text.TASKS))}; {task} keeps nothing")
+    if not text and data is None and (reason := found.missing()):
         fail(reason)
     require_gpu(device)
     console = out()
-    if threads is not None or task == "sequence":
+    if threads is not None or task == "sequence" or text:
         torch.set_num_threads(threads or 1)
-    epochs = epochs or found.EPOCHS[task]
-    run: Any = partial(found.run, cell) if task == "sequence" else {"images": found.images.run, "vit": found.vit.run}[task]
-    columns = (TextColumn("training both models"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn())
+    epochs = epochs or (found.EPOCHS[task] if data is None else 1)
+    run: Any
+    if text:
+        run = partial(found.text.run, task, checkpoint=checkpoint)
+    elif network:
+        run = partial(found.networks.run, task, data=data, checkpoint=checkpoint)
+    else:
+        run = {"sequence": partial(found.run, cell), "images": found.images.run, "vit": found.vit.run}[task]
+    columns = (
+        TextColumn("training both models"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     try:
         with Progress(*columns, console=console, transient=True) as progress:
-            bar = progress.add_task("", total=2 * epochs * (2 if task == "vit" else 1))
+            bar = progress.add_task("", total=2 * epochs * found.RACES.get(task, 1))
             result = run(device, epochs, backend, seed, lambda: progress.advance(bar))
+    except KeyboardInterrupt:
+        kept = checkpoint is not None and checkpoint.exists()
+        console.print(
+            f"stopped; {checkpoint} has all finished epochs: the same command goes on from there" if kept
+            else "stopped; nothing is kept without --checkpoint FILE", markup=False, soft_wrap=True,
+        )  # fmt: skip
+        raise typer.Exit(130) from None
     except ValueError as error:
         fail(str(error))
     results = result if isinstance(result, list) else [result]

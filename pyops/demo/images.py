@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import pyops
 from pyops.demo import contest
-from pyops.demo.training import Recipe, Result, load_digits
+from pyops.demo.training import Recipe, Result, load_digits, read
 from pyops.nn import ConvBNAct, MBConv
 
 EPOCHS = 10
@@ -142,7 +142,7 @@ def run(
     )
     models: dict[str, nn.Module] = {"torch.nn": reference, "pyops.nn": candidate}
     result = contest.run(models, RECIPE, digits, epochs, seed, progress, lead, chosen, kind)
-    result.images = small.test_x
+    read(result, small.test_x, digits)
     return result
 
 

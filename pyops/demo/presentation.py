@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as RichTable
+from torch import Tensor
 
 from pyops.demo.training import DRIFT_FACTOR, Result
 from pyops.report import page
@@ -15,7 +16,10 @@ from pyops.report.charts import Series, speedup_bars, xy
 from pyops.report.tables import Cell, Table, ratio
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-AGREED = "The two agree, and both read the digits."
+
+
+def agreed(result: Result) -> str:
+    return f"The two agree, and {result.torch.recipe.goal.reached}."
 
 
 def sparkline(values: list[float]) -> str:
@@ -39,7 +43,9 @@ def comparison(result: Result) -> Table:
     table = Table("Side by side", ["", result.torch.name, result.pyops.name])
     both = (result.torch, result.pyops)
     times = [f"{statistics.median(training.seconds) * 1e3:.1f} ms" for training in both]
-    table.rows.append(["test accuracy", *(f"{training.accuracy:.2%}" for training in both)])
+    goal = result.torch.recipe.goal
+    table.rows.append([goal.name, *(goal.text(training.score) for training in both)])
+    table.rows.append([f"{goal.name}, required {'at most' if goal.lower else 'at least'}", goal.text(goal.required), ""])
     table.rows.append(["time of an epoch (median)", *times])
     table.rows.append(["speed-up (median over epochs)", "", ratio(result.ratio)])
     table.rows.append(["speed-up, the middle half of the epochs", "", " to ".join(str(ratio(value)) for value in result.ratio_range)])
@@ -50,14 +56,18 @@ def comparison(result: Result) -> Table:
 
 
 def differences(result: Result) -> Table:
-    rows: list[list[Cell | str]] = [
+    same_weights: list[list[Cell | str]] = [[what, f"{value:.2e}"] for what, value in result.differences]
+    table = Table("Differences after training", ["", "value"], same_weights)
+    if not result.torch.recipe.alike:  # each drew random numbers of its own
+        return table
+    after: list[list[Cell | str]] = [
         ["largest in the scores of the test images", f"{result.output_difference:.2e}"],
         ["largest in the parameters", f"{result.parameter_difference:.2e}"],
         ["parameters, relative L2", f"{result.drift:.2e}"],
         [f"allowed: {DRIFT_FACTOR:.0f} times what rounding alone makes ({result.yardstick:.2e})", f"{DRIFT_FACTOR * result.yardstick:.2e}"],
     ]
-    same_weights: list[list[Cell | str]] = [[what, f"{value:.2e}"] for what, value in result.differences]
-    return Table("Differences after training", ["", "value"], same_weights + rows)
+    table.rows.extend(after)
+    return table
 
 
 def gate(result: Result) -> Table:
@@ -74,10 +84,12 @@ def show(result: Result, console: Console) -> None:
         console.print(f"loss  {sparkline(training.losses)}  {training.losses[-1]:.5f}  {training.name}", highlight=False)
     for table in (losses(result), comparison(result), differences(result), gate(result)):
         print_table(table, console)
+    if result.examples is not None:
+        print_table(result.examples, console)
     for failure in result.failures:
         console.print(f"[bold red]failed:[/] {failure}", highlight=False)
     if not result.failures:
-        console.print(f"[bold green]{AGREED}[/]")
+        console.print(f"[bold green]{agreed(result)}[/]")
 
 
 def print_table(table: Table, console: Console) -> None:
@@ -117,9 +129,9 @@ def body_of(result: Result) -> list[str]:
         Series(t.name, [(k + 1.0, s * 1e3, f"{t.name}, epoch {k + 1}: {s * 1e3:.1f} ms") for k, s in enumerate(t.seconds)], color)
         for t, color in both
     ]
-    loss_chart = xy(curves, "Training loss", "epoch", "cross-entropy", log_y=True)
+    loss_chart = xy(curves, "Training loss", "epoch", result.torch.recipe.loss_name, log_y=True)
     time_chart = xy(times, "Time of an epoch", "epoch", "ms", from_zero=True)
-    verdict = [(failure, "bad") for failure in result.failures] or [(AGREED, "good")]
+    verdict = [(failure, "bad") for failure in result.failures] or [(agreed(result), "good")]
     figures = [
         page.figure("Training loss", loss_chart, legend, "Same start, same batches."),
         page.figure("Time of an epoch", time_chart, legend, "The two models' epochs alternate."),
@@ -130,39 +142,41 @@ def body_of(result: Result) -> list[str]:
         ]
         title = f"{result.torch.name} over {result.pyops.name}"
         figures.append(page.figure(title, speedup_bars(bars, title), caption="To the right pyops takes less."))
+    goal = result.torch.recipe.goal
     body = [
         page.tiles(
             [
-                (f"{result.pyops.accuracy:.1%}", f"test accuracy, {result.pyops.name}", ""),
-                (f"{result.torch.accuracy:.1%}", f"test accuracy, {result.torch.name}", ""),
+                *((goal.text(training.score), f"{goal.name}, {training.name}", "") for training, _ in both),
                 (str(ratio(result.ratio)), "speed-up of an epoch", ratio(result.ratio).tone),
                 (f"{result.parameter_difference:.1e}", "largest difference in a parameter", ""),
             ]
         ),
         *(page.paragraph(text, tone) for text, tone in verdict),
         page.grid(figures),
-        page.heading(f"Test images and what {result.pyops.name} reads"),
-        digits(result),
     ]
-    for table in (comparison(result), losses(result), differences(result), gate(result)):
+    if result.images is not None and result.labels is not None and result.predictions is not None:
+        body += [page.heading(f"Test images and what {result.pyops.name} reads"), digits(result.images, result.labels, result.predictions)]
+    for table in (*filter(None, [result.examples]), comparison(result), losses(result), differences(result), gate(result)):
         body += [page.heading(table.title), page.table(table)]
     return body
 
 
-def digits(result: Result, count: int = 16) -> str:
+def digits(images: Tensor, labels: Tensor, predictions: Tensor, count: int = 16) -> str:
     """A few test images, the misread ones first, each with what the model reads."""
-    wrong = (result.predictions != result.labels).nonzero().flatten().tolist()
-    shown = (wrong + [k for k in range(len(result.labels)) if k not in set(wrong)])[:count]
+    wrong = (predictions != labels).nonzero().flatten().tolist()
+    shown = (wrong + [k for k in range(len(labels)) if k not in set(wrong)])[:count]
+    pixel = 32 / images.shape[-1]
     parts = []
     for place, k in enumerate(shown):
         left = place * 36
-        for y, row in enumerate(result.images[k].tolist()):
+        for y, row in enumerate(images[k].tolist()):
             for x, ink in enumerate(row):
                 if ink:
-                    parts.append(f'<rect x="{left + 4 * x}" y="{4 * y}" width="4" height="4" class="mark s0" fill-opacity="{ink:.2f}"/>')
-        read, label = int(result.predictions[k]), int(result.labels[k])
+                    corner = f'x="{left + pixel * x:.4g}" y="{pixel * y:.4g}"'
+                    parts.append(f'<rect {corner} width="{pixel:.4g}" height="{pixel:.4g}" class="mark s0" fill-opacity="{ink:.2f}"/>')
+        read, label = int(predictions[k]), int(labels[k])
         answer = "" if read == label else f" ({label})"
         parts.append(f'<text x="{left + 16}" y="42" text-anchor="middle" class="digit">{read}{answer}</text>')
     svg = f'<svg class="chart" viewBox="0 0 {36 * count - 4} 46" role="img" aria-label="test images">{"".join(parts)}</svg>'
-    title = f"{len(wrong)} of {len(result.labels)} are misread"
+    title = f"{len(wrong)} of {len(labels)} are misread"
     return page.figure(title, svg, caption="In brackets: the right answer, where the model is wrong.")

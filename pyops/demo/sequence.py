@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import pyops
-from pyops.demo.training import Check, Recipe, Result, judge, load_digits, race, start
+from pyops.demo.training import Check, Recipe, Result, judge, load_digits, race, read, start
 from pyops.testing import relative_error, within_gate
 
 CELLS = {"lstm": (nn.LSTM, pyops.nn.LSTM), "gru": (nn.GRU, pyops.nn.GRU), "rnn": (nn.RNN, pyops.nn.RNN)}
@@ -63,6 +63,7 @@ def run(
     result = race(pair, digits, epochs, seed, progress, lead=lead, part="layer", runs_on=chosen)
     result.checks = compare(reference.recurrent, layer, digits.test_x)
     result.failures = judge(result)
+    read(result, digits.test_x, digits)
     return result
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import pyops
 from pyops.demo import contest
-from pyops.demo.training import Recipe, Result, load_digits
+from pyops.demo.training import Recipe, Result, load_digits, read
 from pyops.nn import Attention, PatchMerging, SwinTransformerBlock
 
 EPOCHS = 15  # with which ViT and Swin reach 95.8 % to 98.0 % on the test images, with seeds 0 to 2
@@ -189,7 +189,9 @@ def run(
             f"attention runs on its {chosen!r} backend."
         )
         models: dict[str, nn.Module] = {f"torch.nn, {name}": reference, f"pyops.nn, {name}": candidate}
-        results.append(contest.run(models, RECIPE, digits, epochs, seed, progress, lead, chosen, kind, name))
+        result = contest.run(models, RECIPE, digits, epochs, seed, progress, lead, chosen, kind, name)
+        read(result, digits.test_x, digits)
+        results.append(result)
     return results
 
 
