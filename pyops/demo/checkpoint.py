@@ -87,7 +87,8 @@ class Checkpoint:
         except (OSError, RuntimeError) as error:  # torch's own file writer raises RuntimeError
             raise ValueError(f"demo: checkpoint: {self.path}: cannot be written: {error}") from error
         finally:
-            aside.unlink(missing_ok=True)
+            if aside.exists():  # something came between
+                aside.unlink()
 
 
 def sizes(state: dict[str, torch.Tensor]) -> dict[str, list[int]]:
