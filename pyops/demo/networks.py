@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import pyops
 from pyops.demo import contest, mnist, zoo
 from pyops.demo.checkpoint import Checkpoint, digest
-from pyops.demo.training import Recipe, Result, read
+from pyops.demo.training import Goal, Recipe, Result, accuracy, read
+from pyops.models import margin_loss, reconstruction_loss
+
+SHARE = 0.85  # of a variational autoencoder's bound in what it would be with no code, at most; linear codes of these digits reach 0.7
 
 
 def small_resnet(model: Any) -> nn.Module:
@@ -20,6 +25,50 @@ def small_resnet(model: Any) -> nn.Module:
     model.layer3, model.layer4 = nn.Identity(), nn.Identity()
     model.fc = nn.Linear(128, 10)
     return model
+
+
+def capsules_scores(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The capsules' lengths, then the pixels reconstructed from the wanted one."""
+    lengths, reconstruction = model(x, y)
+    return torch.cat([lengths, reconstruction.flatten(1)], 1)
+
+
+def capsules_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    lengths, reconstruction = model(x, y)
+    return margin_loss(lengths, y) + reconstruction_loss(reconstruction, x)
+
+
+def noise_of_pyops(model: Any) -> nn.Module:
+    """Lets the eager variational autoencoder draw, after the same seed, the numbers that pyops' op draws."""
+    if hasattr(model, "draw"):
+        model.draw = draw
+    return model
+
+
+def draw(like: Tensor) -> Tensor:
+    nothing = torch.zeros(like.shape, device=like.device)
+    return pyops.gaussian_sample(nothing, nothing)[0].to(like.dtype)
+
+
+def autoencoder_scores(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """What is decoded, then what the divergence of the code is made of."""
+    output, divergence = model(x.flatten(1))
+    return torch.cat([output, divergence[:, None]], 1)
+
+
+def autoencoder_loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    return model.loss(x.flatten(1))
+
+
+def bound(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The negative evidence lower bound (of codes drawn once, but for the constant) over that of no code, where each image is taken for
+    the mean of all."""
+    training = model.training
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = autoencoder_loss(model.train(), x, y).item()  # in inference a code is not drawn
+    model.train(training)
+    return found / (0.5 * x.flatten(1).var(0, correction=0).sum().item())
 
 
 class Task(NamedTuple):
@@ -32,12 +81,30 @@ class Task(NamedTuple):
     recipe: Recipe
     adapt: Callable[[Any], nn.Module] | None = None
     options: dict[str, Any] = {}  # noqa: RUF012  (never written)
+    classifies: bool = True
 
 
 TASKS = {
     "lenet": Task("lenet", "LeNet", 32, 12, Recipe(64, 3e-3, zoo.adam)),
     "resnet": Task("resnet18", "The first half of ResNet-18", 32, 4, Recipe(64, 2e-3, zoo.adam), small_resnet),
-}
+    "capsnet": Task(
+        "capsnet", "A CapsNet with an eighth of the channels", 28, 5,
+        Recipe(
+            64, 3e-3, zoo.adam, Goal("test accuracy", partial(accuracy, scores=capsules_scores), 0.95),
+            loss=capsules_loss, loss_name="margin and reconstruction", scores=capsules_scores,
+        ),
+        options=dict(channels=32, capsules=4, decoder=(64, 128)),
+    ),
+    "vae": Task(
+        "variational_autoencoder", "A variational autoencoder", 28, 10,
+        Recipe(
+            64, 3e-3, zoo.adam,
+            Goal("negative ELBO, of that without a code", bound, SHARE, lower=True, reached="both compress the digits"),
+            random=True, loss=autoencoder_loss, loss_name="negative ELBO", scores=autoencoder_scores,
+        ),
+        noise_of_pyops, dict(in_features=28 * 28, hidden=(128,), latent=16), classifies=False,
+    ),
+}  # fmt: skip
 EPOCHS = {name: task.epochs for name, task in TASKS.items()}
 
 
@@ -79,5 +146,6 @@ def run(
         result = contest.run(
             models, task.recipe, digits, epochs, seed, progress, lead, backend or "auto", zoo.kind, task.network, store
         )  # fmt: skip
-        read(result, shown, digits)
+        if task.classifies:
+            read(result, shown, digits)
     return [result]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pyops.report.tables import Table
 
 EVALUATED = 512  # inputs in one batch of an evaluation
+CLASSES = 10  # whose scores stand in front, where a classifier of digits gives more
 # Rounding differences grow as a training goes on, and by how much is luck. The yardstick is a third training whose every weight is moved by
 # one unit in the last place before every step; the two compared may lie this many times as far apart (measured: 0.2 to 3 times).
 DRIFT_FACTOR = 10.0
@@ -51,9 +52,9 @@ def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, scores: Run = scores_of) -> float:
     """The share of inputs whose highest score is the wanted one's."""
-    return (evaluate(model, x, y).argmax(1) == y).float().mean().item()
+    return (evaluate(model, x, y, scores)[:, :CLASSES].argmax(1) == y).float().mean().item()
 
 
 def percent(share: float) -> str:
@@ -300,7 +301,8 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, scores: Run = scores_of) ->
 def read(result: Result, images: Tensor, data: Data) -> None:
     """Adds to a classifier's result what pyops' model reads in the test images, shown as `images`."""
     result.images, result.labels = images, data.test_y
-    result.predictions = evaluate(result.pyops.model, data.test_x, data.test_y).argmax(1)
+    training = result.pyops
+    result.predictions = evaluate(training.model, data.test_x, data.test_y, training.recipe.scores)[:, :CLASSES].argmax(1)
 
 
 def judge(result: Result) -> list[str]:
