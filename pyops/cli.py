@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -254,8 +253,8 @@ def demo(
     task: Annotated[
         str,
         typer.Option(
-            help="sequence: a recurrent layer; images: a network of EfficientNet's blocks; vit: a ViT, then a Swin. Whole networks of "
-            "pyops.models: lenet and resnet read digits; characters: a language model; translation: number words to digits."
+            help="sequence: a recurrent layer; images: a network of EfficientNet's blocks; vit: a ViT, then a Swin. Networks of "
+            "pyops.models: lenet, resnet, hybrid, capsnet and vae on digits; characters: a language model; translation: number words."
         ),
     ] = "sequence",
     cell: Annotated[str | None, typer.Option(help="Of sequence: lstm (default), gru or rnn.")] = None,
@@ -286,29 +285,18 @@ def demo(
     from pyops import demo as found
 
     one_of(task, tuple(found.EPOCHS), "--task")
-    if cell is not None and task != "sequence":
-        fail(f"--cell: belongs to --task sequence; {task} has no choice of a recurrent layer")
-    cell = one_of(cell or "lstm", tuple(found.CELLS), "--cell")
+    if cell is not None:
+        one_of(cell, tuple(found.CELLS), "--cell")
     one_of(device, DEVICES, "--device")
-    text, network = task in found.text.TASKS, task in found.networks.TASKS
-    if data is not None and not network:
-        fail(f"--data: belongs to --task {', '.join(found.networks.TASKS)}; {task} has data of its own")
-    if checkpoint is not None and not (text or network):
-        fail(f"--checkpoint: belongs to --task {', '.join((*found.networks.TASKS, *found.text.TASKS))}; {task} keeps nothing")
-    if not text and data is None and (reason := found.missing()):
-        fail(reason)
+    try:
+        run = found.runner(task, cell, data, checkpoint)
+    except ValueError as error:
+        fail(str(error))
     require_gpu(device)
     console = out()
-    if threads is not None or task == "sequence" or text:
+    if threads is not None or task in found.SMALL:
         torch.set_num_threads(threads or 1)
     epochs = epochs or (found.EPOCHS[task] if data is None else 1)
-    run: Any
-    if text:
-        run = partial(found.text.run, task, checkpoint=checkpoint)
-    elif network:
-        run = partial(found.networks.run, task, data=data, checkpoint=checkpoint)
-    else:
-        run = {"sequence": partial(found.run, cell), "images": found.images.run, "vit": found.vit.run}[task]
     columns = (
         TextColumn("training both models"),
         BarColumn(),

@@ -112,8 +112,8 @@ def test_mistakes_are_told(tmp_path, monkeypatch):
         (("--device", "tpu"), "--device: expected one of cpu, cuda"),
         (("--backend", "cuda"), "backend 'cuda' cannot run this call"),
         (("--backend", "gpu"), "expected one of auto, cpu, cuda"),
-        (("--task", "video"), "--task: expected one of sequence, images, vit, got 'video'"),
-        (("--task", "images", "--cell", "lstm"), "--cell: belongs to --task sequence; images has no recurrent layer"),
+        (("--task", "video"), "--task: expected one of sequence, images, vit, lenet"),
+        (("--task", "images", "--cell", "lstm"), "--cell: belongs to --task sequence, got --task images"),
         (("--task", "images", "--backend", "cuda"), "backend 'cuda' cannot run this call"),
         (("--task", "vit", "--backend", "cuda"), "backend 'cuda' cannot run this call"),
     ):

@@ -18,7 +18,6 @@ from pyops.cli import app
 from pyops.demo import mnist, networks, presentation, text, training, zoo
 
 pytest.importorskip("sklearn")
-CLASSIFIERS = list(networks.TASKS)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +61,7 @@ def weights(result: training.Result) -> list[torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------------------------ the races
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", list(networks.TASKS))
 def test_networks(few, name):
     (result,) = networks.run(name, epochs=1)
     assert result.failures == []

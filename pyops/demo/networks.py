@@ -87,6 +87,7 @@ class Task(NamedTuple):
 TASKS = {
     "lenet": Task("lenet", "LeNet", 32, 12, Recipe(64, 3e-3, zoo.adam)),
     "resnet": Task("resnet18", "The first half of ResNet-18", 32, 4, Recipe(64, 2e-3, zoo.adam), small_resnet),
+    "hybrid": Task("digits_hybrid", "A network of convolutions, then recurrent layers,", 28, 8, Recipe(64, 4e-3, zoo.adam)),
     "capsnet": Task(
         "capsnet", "A CapsNet with an eighth of the channels", 28, 5,
         Recipe(
@@ -96,7 +97,7 @@ TASKS = {
         options=dict(channels=32, capsules=4, decoder=(64, 128)),
     ),
     "vae": Task(
-        "variational_autoencoder", "A variational autoencoder", 28, 10,
+        "variational_autoencoder", "A variational autoencoder", 28, 30,
         Recipe(
             64, 3e-3, zoo.adam,
             Goal("negative ELBO, of that without a code", bound, SHARE, lower=True, reached="both compress the digits"),
@@ -143,9 +144,8 @@ def run(
     store = None if checkpoint is None else Checkpoint(checkpoint, **facts)
     with pyops.backend(backend or "auto"):
         models = zoo.pair(task.network, device, seed, task.adapt, **task.options)
-        result = contest.run(
-            models, task.recipe, digits, epochs, seed, progress, lead, backend or "auto", zoo.kind, task.network, store
-        )  # fmt: skip
+        chosen = backend or "auto"
+        result = contest.run(models, task.recipe, digits, epochs, seed, progress, lead, chosen, zoo.kind, task.network, store)
         if task.classifies:
             read(result, shown, digits)
     return [result]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,7 @@ from pyops.demo.checkpoint import Checkpoint, digest
 from pyops.demo.training import Data, Goal, Recipe, Result, evaluate
 from pyops.report.tables import Cell, Table
 
-EPOCHS = {"characters": 32, "translation": 30}
+EPOCHS = {"characters": 32, "translation": 20}
 RACES = {"translation": 2}
 EXAMPLES = 8  # shown
 
@@ -239,7 +240,8 @@ def run(
     facts = dict(task=name, epochs=epochs, batch=recipe.batch, seed=seed, device=device, backend=backend, data=digest(data))
     store = None if checkpoint is None else Checkpoint(checkpoint, **facts)
     results = []
-    with pyops.backend(backend or "auto"):
+    with pyops.backend(backend or "auto"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")  # which torch.nn's encoder takes padded rows for
         for network, options in networks.items():
             lead = f"A small {network}, {about}. It is trained twice on {device}: as plain torch.nn, and as pyops.models has it."
             models = zoo.pair(network, device, seed, **options)
