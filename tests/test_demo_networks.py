@@ -42,8 +42,9 @@ def few(monkeypatch):
 
     def small(build):
         def built(device, seed):
-            data, recipe, *rest = build(device, seed)
-            return training.Data(*(part[:40] for part in data)), replace(unjudged(recipe), batch=20), *rest
+            task = build(device, seed)
+            networks = {name: (replace(unjudged(recipe), batch=20), sizes) for name, (recipe, sizes) in task.networks.items()}
+            return task._replace(data=training.Data(*(part[:40] for part in task.data)), networks=networks)
 
         return built
 
@@ -83,11 +84,11 @@ def test_networks_on_the_command_line(few, tmp_path):
     page = tmp_path / "index.html"
     result = invoke("--task", "lenet", "--out", page, "--epochs", 2)
     assert result.exit_code == 0, result.output
-    for expected in ("torch.nn, lenet", "pyops.models, lenet", "test accuracy", "gradients of the convolutions", "The two agree"):
+    for expected in ("torch.nn, lenet5", "pyops.models, lenet5", "test accuracy", "gradients of the convolutions", "The two agree"):
         assert expected in result.output
     html = page.read_text()
     HTMLParser().feed(html)
-    assert "LeNet reads" in html and html.count("<svg") == 4
+    assert "LeNet-5 reads" in html and html.count("<svg") == 4
 
 
 def test_networks_that_do_not_learn_fail(tmp_path):
@@ -99,7 +100,7 @@ def test_a_broken_network_fails(few, monkeypatch):
     right = pyops.models.LeNet.forward
     monkeypatch.setattr(pyops.models.LeNet, "forward", lambda self, input: right(self, input) * (1 + 1e-4))
     (result,) = networks.run("lenet", epochs=1)
-    assert any(failure.startswith("scores in training of pyops' lenet") for failure in result.failures)
+    assert any(failure.startswith("scores in training of pyops' lenet5") for failure in result.failures)
 
 
 def test_a_goal_may_be_low():
@@ -181,7 +182,7 @@ def test_a_checkpoint_of_something_else_is_refused(few, tmp_path, monkeypatch):
         text.run("characters", epochs=1, checkpoint=file)
     wide = networks.TASKS["lenet"]._replace(options=dict(num_classes=11))
     monkeypatch.setitem(networks.TASKS, "lenet", wide)
-    with pytest.raises(ValueError, match=r"classifier.4.bias: was saved with the sizes \[10\], this network's are \[11\]"):
+    with pytest.raises(ValueError, match=r"classifier.2.bias: was saved with the sizes \[10\], this network's are \[11\]"):
         networks.run("lenet", epochs=1, checkpoint=file)
     assert file.read_bytes() == before
     for content in (b"", b"PK", before[:1000]):

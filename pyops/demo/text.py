@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -98,15 +98,24 @@ def continuations(model: Any, data: Data, alphabet: list[str]) -> Table:
     return table
 
 
-def characters(device: str, seed: int) -> tuple[Data, Recipe, str, dict[str, dict[str, Any]], Callable[[Any], Table]]:
+class Task(NamedTuple):
+    """What a task made of a seed."""
+
+    data: Data
+    about: str  # what it is in
+    networks: dict[str, tuple[Recipe, dict[str, Any]]]  # of the zoo, and their options
+    examples: Callable[[Any], Table]  # of what a model makes of the test part
+
+
+def characters(device: str, seed: int) -> Task:
     data, alphabet = pieces(readme(), seed, device)
     pairs = bigram_bits(data, len(alphabet))
     reached = "both foretell text in fewer bits than counted pairs"
     goal = Goal("bits per character", bits, BETTER * pairs, "{:.3f}".format, lower=True, reached=reached)
     recipe = Recipe(8, 1e-2, zoo.adam, goal, loss=characters_loss, scores=characters_scores)
     about = f"of the characters of the project's README, where counted pairs of characters need {pairs:.3f} bits for each"
-    networks = {"language_model": dict(vocab_size=len(alphabet), hidden_size=128, num_layers=1, dropout=0.0, tied=False)}
-    return data, recipe, about, networks, lambda model: continuations(model, data, alphabet)
+    sizes = dict(vocab_size=len(alphabet), hidden_size=128, num_layers=1, dropout=0.0, tied=False)
+    return Task(data, about, {"language_model": (recipe, sizes)}, lambda model: continuations(model, data, alphabet))
 
 
 # --------------------------------------------------------------------------------------------------------------- the task translation
@@ -191,25 +200,18 @@ def spelled(tokens: list[int]) -> str:
     return "".join(str(token - DIGIT) if token >= DIGIT else "?" for token in tokens[tokens[0] == BOS : end])
 
 
-def translation(device: str, seed: int) -> tuple[Data, Recipe, str, dict[str, dict[str, Any]], Callable[[Any], Table]]:
+def translation(device: str, seed: int) -> Task:
     data = numbers(seed, device)
     goal = Goal("exact matches of generated numbers", exact, 0.95, reached="both translate")
-    recipe = Recipe(64, 3e-3, zoo.adam, goal, loss=translation_loss, scores=translation_scores)
+    options: dict[str, Any] = dict(goal=goal, loss=translation_loss, scores=translation_scores)
     vocabularies = dict(source_vocabulary=len(WORDS), target_vocabulary=DIGIT + 10)
-    networks: dict[str, dict[str, Any]] = {
-        "transformer": dict(
-            d_model=64, nhead=4, num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=128, dropout=0.0, max_length=16
-        ),
-        "seq2seq": dict(embedding_size=32, hidden_size=64),
+    layers = dict(num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=128, dropout=0.0, max_length=16)
+    networks = {
+        "transformer": (Recipe(64, 3e-3, zoo.adam, **options), dict(d_model=64, nhead=4, **layers, **vocabularies)),
+        "seq2seq": (Recipe(32, 1e-2, zoo.adam, **options), dict(embedding_size=32, hidden_size=64, **vocabularies)),
     }
     about = f"of number words to digits, learnt from {len(data.train_x)} of the first {NUMBERS} numbers"
-    return (
-        data,
-        recipe,
-        about,
-        {name: {**vocabularies, **sizes} for name, sizes in networks.items()},
-        lambda model: translations(model, data),
-    )
+    return Task(data, about, networks, lambda model: translations(model, data))
 
 
 TASKS = {"characters": characters, "translation": translation}
@@ -236,13 +238,13 @@ def run(
     if name not in TASKS:
         raise ValueError(f"demo: name: expected one of {', '.join(TASKS)}, got {name!r}")
     epochs = EPOCHS[name] if epochs is None else epochs
-    data, recipe, about, networks, examples = TASKS[name](device, seed)
-    facts = dict(task=name, epochs=epochs, batch=recipe.batch, seed=seed, device=device, backend=backend, data=digest(data))
+    data, about, networks, examples = TASKS[name](device, seed)
+    facts = dict(task=name, epochs=epochs, seed=seed, device=device, backend=backend, data=digest(data))
     store = None if checkpoint is None else Checkpoint(checkpoint, **facts)
     results = []
     with pyops.backend(backend or "auto"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")  # which torch.nn's encoder takes padded rows for
-        for network, options in networks.items():
+        for network, (recipe, options) in networks.items():
             lead = f"A small {network}, {about}. It is trained twice on {device}: as plain torch.nn, and as pyops.models has it."
             models = zoo.pair(network, device, seed, **options)
             result = contest.run(models, recipe, data, epochs, seed, progress, lead, backend or "auto", zoo.kind, network, store)
