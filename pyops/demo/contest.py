@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,10 +36,22 @@ def run(
     pair = start(recipe, data, epochs, **models)
     result = race(pair, data, epochs, seed, progress, lead=lead, part=part, runs_on=chosen, checkpoint=checkpoint)
     same = with_weights(candidate, reference)
-    result.checks, result.differences = compare(reference, same, data, recipe, kind)
+    with exactly():
+        result.checks, result.differences = compare(reference, same, data, recipe, kind)
     result.costs = costs(pair, data)
     result.failures = judge(result)
     return result
+
+
+@contextmanager
+def exactly() -> Iterator[None]:
+    """Without the faster products that round more: Winograd's convolutions on a CPU, TF32 on a GPU. The gate does not hold these."""
+    before = torch.backends.fp32_precision
+    torch.backends.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.fp32_precision = before
 
 
 def with_weights(model: nn.Module, source: nn.Module) -> nn.Module:

@@ -85,7 +85,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "lenet": Task("lenet5", "LeNet-5", 32, 10, Recipe(64, 3e-3, zoo.adam)),
+    "lenet": Task("lenet", "LeNet", 32, 12, Recipe(64, 3e-3, zoo.adam)),
     "resnet": Task("resnet18", "The first half of ResNet-18", 32, 4, Recipe(64, 2e-3, zoo.adam), small_resnet),
     "hybrid": Task("digits_hybrid", "A network of convolutions, then recurrent layers,", 28, 8, Recipe(64, 4e-3, zoo.adam)),
     "capsnet": Task(

@@ -71,7 +71,10 @@ def differences(result: Result) -> Table:
 
 
 def gate(result: Result) -> Table:
-    table = Table("Error against float64 on the same trained weights", ["relative L2 error of", result.torch.name, result.pyops.name, ""])
+    table = Table(
+        "Error against float64 on the same trained weights, in IEEE float32",
+        ["relative L2 error of", result.torch.name, result.pyops.name, ""],
+    )
     for name, theirs, ours, wrong in result.checks:
         table.rows.append([name, f"{theirs:.2e}", f"{ours:.2e}", Cell("too large", "bad", wrong) if wrong else Cell("ok", "good")])
     return table
