@@ -140,7 +140,9 @@ def run(
         f"{task.about} reads handwritten digits of {task.size} x {task.size} pixels. It is trained twice on {device}: as plain torch.nn, "
         f"and as pyops.models' {task.network}."
     )
-    facts = dict(task=name, epochs=epochs, batch=task.recipe.batch, seed=seed, device=device, backend=backend, data=digest(digits))
+    facts: dict[str, Any] = dict(
+        task=name, epochs=epochs, batch=task.recipe.batch, seed=seed, device=device, backend=backend, data=digest(digits)
+    )
     store = None if checkpoint is None else Checkpoint(checkpoint, **facts)
     with pyops.backend(backend or "auto"):
         models = zoo.pair(task.network, device, seed, task.adapt, **task.options)

@@ -33,4 +33,5 @@ def runner(task: str, cell: str | None = None, data: Path | None = None, checkpo
         return partial(text.run, task, checkpoint=checkpoint)
     if task in networks.TASKS:
         return partial(networks.run, task, data=data, checkpoint=checkpoint)
-    return {"sequence": partial(sequence.run, cell or "lstm"), "images": images.run, "vit": vit.run}[task]
+    others: dict[str, Callable[..., Any]] = {"sequence": partial(sequence.run, cell or "lstm"), "images": images.run, "vit": vit.run}
+    return others[task]

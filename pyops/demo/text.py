@@ -37,7 +37,8 @@ BETTER = 0.85  # the model has to need at most this share of the bits that count
 def readme() -> str:
     """The project's README, which an installed package has in its metadata; else what pyops' public names say of themselves."""
     try:
-        text = metadata.metadata("pyops-kernels").get_payload()
+        found: Any = metadata.metadata("pyops-kernels")
+        text = found.get_payload()
     except metadata.PackageNotFoundError:
         text = None
     if isinstance(text, str) and len(text) > LENGTH * TESTED:
@@ -239,7 +240,7 @@ def run(
         raise ValueError(f"demo: name: expected one of {', '.join(TASKS)}, got {name!r}")
     epochs = EPOCHS[name] if epochs is None else epochs
     data, about, networks, examples = TASKS[name](device, seed)
-    facts = dict(task=name, epochs=epochs, seed=seed, device=device, backend=backend, data=digest(data))
+    facts: dict[str, Any] = dict(task=name, epochs=epochs, seed=seed, device=device, backend=backend, data=digest(data))
     store = None if checkpoint is None else Checkpoint(checkpoint, **facts)
     results = []
     with pyops.backend(backend or "auto"), warnings.catch_warnings():
