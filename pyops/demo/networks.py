@@ -87,9 +87,9 @@ class Task(NamedTuple):
 TASKS = {
     "lenet": Task("lenet", "LeNet", 32, 12, Recipe(64, 3e-3, zoo.adam)),
     "resnet": Task("resnet18", "The first half of ResNet-18", 32, 4, Recipe(64, 2e-3, zoo.adam), small_resnet),
-    "hybrid": Task("digits_hybrid", "A network of convolutions, then recurrent layers,", 28, 8, Recipe(64, 4e-3, zoo.adam)),
+    "hybrid": Task("digits_hybrid", "A network of convolutions, then recurrent layers,", 28, 10, Recipe(64, 4e-3, zoo.adam)),
     "capsnet": Task(
-        "capsnet", "A CapsNet with an eighth of the channels", 28, 5,
+        "capsnet", "A CapsNet with an eighth of the channels", 28, 7,
         Recipe(
             64, 3e-3, zoo.adam, Goal("test accuracy", partial(accuracy, scores=capsules_scores), 0.95),
             loss=capsules_loss, loss_name="margin and reconstruction", scores=capsules_scores,
