@@ -6,7 +6,7 @@ import copy
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -46,12 +46,12 @@ def run(
 @contextmanager
 def exactly() -> Iterator[None]:
     """Without the faster products that round more: Winograd's convolutions on a CPU, TF32 on a GPU. The gate does not hold these."""
-    before = torch.backends.fp32_precision
-    torch.backends.fp32_precision = "ieee"
+    backends: Any = torch.backends
+    before, backends.fp32_precision = backends.fp32_precision, "ieee"
     try:
         yield
     finally:
-        torch.backends.fp32_precision = before
+        backends.fp32_precision = before
 
 
 def with_weights(model: nn.Module, source: nn.Module) -> nn.Module:
