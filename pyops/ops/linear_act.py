@@ -73,7 +73,10 @@ def fused(input: Tensor) -> bool:
         return False
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and hasattr(_onednn, "_linear_pointwise")):
         return False
-    return input.dtype == torch.float32 or (input.dtype == torch.bfloat16 and _onednn._is_mkldnn_bf16_supported())
+    if input.dtype == torch.bfloat16:
+        return _onednn._is_mkldnn_bf16_supported()
+    # it adds products one after another, where PyTorch's own product on x86 adds up several sums
+    return input.dtype == torch.float32 and (torch.compiler.is_compiling() or torch.backends.mkldnn.matmul.fp32_precision != "ieee")
 
 
 def _by_onednn(input, weight, bias, residual, activation, slope, kept: dict | None) -> Tensor:
