@@ -63,7 +63,7 @@ class ConvChain(ConvBNAct):
 
 
 class LinearChain(Keeps, nn.Sequential):
-    """A view of a linear layer and the activation after it."""
+    """A view of a linear layer and the activation after it: one call without gradients, PyTorch's layers with them."""
 
     def __init__(self, layers: list[nn.Module]):
         super().__init__(*layers)
@@ -72,7 +72,7 @@ class LinearChain(Keeps, nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         layers: list[Any] = list(self)
         activation = name_of(layers[1]) if len(layers) > 1 else "none"
-        followed = torch.compiler.is_compiling() or _conv_call.is_recorded()
+        followed = torch.is_grad_enabled() or torch.compiler.is_compiling() or _conv_call.is_recorded()
         if followed or activation is None or any(has_hooks(layer) for layer in layers):
             return super().forward(input)
         return run_kept(self._kept, layers[0], input, None, activation, None)
