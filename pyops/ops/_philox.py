@@ -29,18 +29,22 @@ def threshold(p: float) -> int:
     return min(round(p * 2**32), _WORD)
 
 
-def as_seed(op: str, seed, like: Tensor) -> Tensor | None:
-    """int64 [1] on like's device, or None."""
+def check_seed(op: str, seed, like: Tensor) -> None:
+    """Raises TypeError or ValueError unless `seed` is an int, one int64 on like's device, or None."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(f"{op}: seed: expected one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
         if seed.device != like.device:
             raise ValueError(f"{op}: seed: expected {like.device}, got {seed.device}")
-        return seed.view(1)
-    if seed is None:
-        return None
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise TypeError(f"{op}: seed: expected an int, an int64 Tensor or None, got {seed!r}")
+
+
+def as_seed(op: str, seed, like: Tensor) -> Tensor | None:
+    """int64 [1] on like's device, or None."""
+    check_seed(op, seed, like)
+    if seed is None or isinstance(seed, Tensor):
+        return None if seed is None else seed.view(1)
     return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=like.device)
 
 

@@ -44,8 +44,9 @@ def gaussian_sample(
 
     Source: Kingma and Welling, "Auto-encoding variational Bayes", 2014.
     """
-    given = _check(mean, log_var, generator, seed)
+    _check(mean, log_var, generator, seed)
     name = _choose(backend, mean)
+    given = _philox.as_seed(OP, seed, mean)
     number = _philox.drawn(mean, generator) if given is None else given
     m, v = (t.flatten(1) if t.dim() > 1 else t[:, None] for t in (mean, log_var))
     if name == "eager":
@@ -104,8 +105,7 @@ def _choose(backend: str | None, mean: Tensor) -> str:
     return name
 
 
-def _check(mean, log_var, generator, seed) -> Tensor | None:
-    """The given seed as the kernels take it."""
+def _check(mean, log_var, generator, seed) -> None:
     _conv_call.check_tensor(OP, "mean", mean, optional=False)
     if mean.dim() < 1 or mean.dtype not in _conv_call.DTYPES:
         wanted = "[N, ...] of float32, bfloat16, float16 or float64"
@@ -118,7 +118,7 @@ def _check(mean, log_var, generator, seed) -> Tensor | None:
         raise TypeError(f"{OP}: generator: expected a torch.Generator or None, got {type(generator).__name__}")
     if generator is not None and seed is not None:
         raise ValueError(f"{OP}: generator: expected None together with a seed, got both")
-    return _philox.as_seed(OP, seed, mean)
+    _philox.check_seed(OP, seed, mean)
 
 
 def _explain(mean, log_var, *, generator=None, seed=None, backend=None):
