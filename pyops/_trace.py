@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -161,6 +162,8 @@ class _Flow(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
+            # PyTorch's handle leaves this behind, and its compiler then warns of global hooks
+            getattr(torch_module, "_global_forward_hooks_with_kwargs", {}).pop(handles[1].id, None)
 
     def start(self, inputs: tuple[Any, ...]) -> None:
         for value in _tensors(inputs):

@@ -18,9 +18,8 @@ from .models import Case, both, check_copies, check_inference, check_training, l
 @pytest.fixture(autouse=True)
 def no_winograd():
     """What obeys the gate; its own test holds the rest."""
-    before, torch.backends.fp32_precision = torch.backends.fp32_precision, "ieee"
-    yield
-    torch.backends.fp32_precision = before
+    with torch.backends.flags(fp32_precision="ieee"):
+        yield
 
 
 def images(size: int, batch: int = 2):
@@ -101,9 +100,8 @@ def test_fullgraph(training):
 
 def test_winograd():
     """Off in the other tests, held here to what the docs promise of one convolution."""
-    torch.backends.fp32_precision = "none"
     ours, theirs = (model.eval() for model in both("resnet18", CASES["resnet18"]))
-    with torch.no_grad():
+    with torch.no_grad(), torch.backends.flags(fp32_precision="none"):
         (x,) = images(64)()
         assert relative_error([(ours(x), theirs.double()(x.double()))]) < 5e-6
 

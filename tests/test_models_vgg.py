@@ -15,9 +15,8 @@ from .models import Case, check_copies, check_inference, check_training
 @pytest.fixture(autouse=True)
 def no_winograd():
     """What obeys the gate; tests/test_models_resnet.py holds the rest."""
-    before, torch.backends.fp32_precision = torch.backends.fp32_precision, "ieee"
-    yield
-    torch.backends.fp32_precision = before
+    with torch.backends.flags(fp32_precision="ieee"):
+        yield
 
 
 @pytest.fixture(autouse=True)

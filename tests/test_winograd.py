@@ -201,10 +201,8 @@ def test_refusals(change, match):
 
 @pytest.fixture
 def ieee():
-    with getattr(torch.backends, "__allow_nonbracketed_mutation")():  # torch's test tools freeze the flags of a process
-        before, torch.backends.fp32_precision = torch.backends.fp32_precision, "ieee"
+    with torch.backends.flags(fp32_precision="ieee"):
         yield
-        torch.backends.fp32_precision = before
 
 
 LARGE = (1, 64, 56, 56, 64)

@@ -17,7 +17,7 @@ def rounded(x, dtype: tl.constexpr):
         return x
     elif INTERPRETED and dtype == tl.bfloat16:
         u = x.to(tl.uint32, bitcast=True)
-        return (u + 0x7FFF + ((u >> 16) & 1)).to(tl.float32, bitcast=True).to(dtype)
+        return ((u + 0x7FFF + ((u >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True).to(dtype)
     else:
         return x.to(dtype)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -36,22 +35,12 @@ def run(
     pair = start(recipe, data, epochs, **models)
     result = race(pair, data, epochs, seed, progress, lead=lead, part=part, runs_on=chosen, checkpoint=checkpoint)
     same = with_weights(candidate, reference)
-    with exactly():
+    # without the faster products that round more (Winograd's, TF32's, oneDNN's long sums): the gate does not hold these
+    with torch.backends.flags(fp32_precision="ieee"):
         result.checks, result.differences = compare(reference, same, data, recipe, kind)
     result.costs = costs(pair, data)
     result.failures = judge(result)
     return result
-
-
-@contextmanager
-def exactly() -> Iterator[None]:
-    """Without the faster products that round more: Winograd's convolutions on a CPU, TF32 on a GPU. The gate does not hold these."""
-    backends: Any = torch.backends
-    before, backends.fp32_precision = backends.fp32_precision, "ieee"
-    try:
-        yield
-    finally:
-        backends.fp32_precision = before
 
 
 def with_weights(model: nn.Module, source: nn.Module) -> nn.Module:
