@@ -76,7 +76,8 @@ def fused(input: Tensor) -> bool:
     if input.dtype == torch.bfloat16:
         return _onednn._is_mkldnn_bf16_supported()
     # it adds products one after another, where PyTorch's own product on x86 adds up several sums
-    return input.dtype == torch.float32 and (torch.compiler.is_compiling() or torch.backends.mkldnn.matmul.fp32_precision != "ieee")
+    backends: Any = torch.backends
+    return input.dtype == torch.float32 and (torch.compiler.is_compiling() or backends.mkldnn.matmul.fp32_precision != "ieee")
 
 
 def _by_onednn(input, weight, bias, residual, activation, slope, kept: dict | None) -> Tensor:
