@@ -11,6 +11,7 @@
 //
 // Tile: 6 rows x 4 vectors in 32 registers, 6 x 2 in 16. One FMA a cycle is the floor; `b` streams from L2 at 4 * 64 bytes per 24 of them.
 #pragma once
+#include "../common/log.h"
 #include "../common/panel_gemm.h"
 
 namespace pyops::attention::PYOPS_ISA {
@@ -182,22 +183,6 @@ inline vf exp_weight(vf x) {
 #else
   return x < -87.f ? vf{} : (1.f + q) * power_of_two(n);
 #endif
-}
-
-// Of positive, normal numbers: Cephes' polynomial around one, and the exponent. NaN stays NaN.
-inline vf log(vf x) {
-  const vi u = bits<vi>(x), e = (u - 0x3f3504f3) >> 23;
-  const vf f = bits<vf>(u - (e << 23)) - 1.f, n = __builtin_convertvector(e, vf);
-  vf p = f * 7.0376836292e-2f - 1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f - 1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f - 1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f - 2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
-  const vf square = f * f, tail = square * (f * p - 0.5f) + n * -2.12194440e-4f;
-  return x == x ? n * 0.693359375f + (f + tail) : x;
 }
 
 // The second where either is NaN.

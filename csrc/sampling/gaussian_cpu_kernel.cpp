@@ -1,5 +1,6 @@
 // Sampling on the CPU (gaussian.h says what it computes), compiled once per instruction set. A vector of Philox blocks makes four vectors
 // of neighbouring normal numbers; divergences are summed by lanes within a segment of a row, and over segments in double, in their order.
+#include "../common/log.h"
 #include "../common/philox.h"
 #include "../conv/depthwise_cpu_pass.h"
 #include "gaussian_cpu.h"
@@ -12,21 +13,6 @@ using conv::PYOPS_ISA::put;
 using conv::PYOPS_ISA::with_storage;
 using cpu::Layout;
 using cpu::Team;
-
-// log(x) for normal x > 0 (Cephes' polynomial).
-inline vf log(vf x) {
-  const vi u = bits<vi>(x), e = (u - 0x3f3504f3) >> 23;
-  const vf f = bits<vf>(u - (e << 23)) - 1.f, n = __builtin_convertvector(e, vf);
-  vf p = f * 7.0376836292e-2f - 1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f - 1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f - 1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f - 2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
-  return (f + ((f * f) * (f * p - 0.5f) - n * 2.12194440e-4f)) + n * 0.693359375f;
-}
 
 // Two vectors of normal numbers of two of words. The angle is taken from the nearest quarter turn; sine and cosine are Cephes'.
 inline void polar(vu first, vu second, vf& x, vf& y) {
