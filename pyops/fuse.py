@@ -1,41 +1,150 @@
-"""`pyops.fuse(model)`: torch's layers become pyops' in place; `pyops.unfuse(model)` undoes it.
+"""`pyops.fuse(model)`: what kernels can stand for in anyone's model runs on them, in place; `pyops.unfuse(model)` undoes it.
 
-The instance keeps its parameters, buffers, hooks and state_dict keys and changes class only. What is not exactly one of torch's own
-classes (a subclass, a parametrised, scripted or quantised module) is left alone.
+Modules keep their parameters, buffers, hooks and state_dict keys and change class only, to one derived from their own. Layers and blocks
+that are known become pyops.nn's (`pyops._fusion.rules`); a forward that calls layers one after another is rewritten so that those which
+kernels run as one do (`pyops._fusion.rewrite`). What is not exactly known (a subclass of a layer, a parametrised, scripted or quantised
+module, a forward set on the instance) is left alone.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
-from pyops import nn
+from pyops._fusion import classes, rewrite, rules, torch_layers
+from pyops._fusion.rules import Change
+from pyops._trace import evaluating
 
-NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
-TWINS: dict[type, type] = {getattr(torch.nn, name): getattr(nn, name) for name in NAMES}
-
-Model = TypeVar("Model", bound=torch.nn.Module)
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse(model: Model) -> Model:
-    """Replaces every recurrent layer and cell of `model` (itself included) by pyops' twin, in place, and returns it.
+class Found(NamedTuple):
+    """What becomes of one module, or why it is left alone (None: there is nothing to say)."""
 
-    Raises TypeError when `model` is no torch.nn.Module. Results stay within the numerics gate of torch's own.
+    name: str
+    module: nn.Module
+    change: Change | None
+    reason: str | None
+
+
+def fuse(model: Model, *, example_inputs: Any = None, verbose: bool = False) -> Model:
+    """Makes `model` run on pyops' kernels wherever they can stand for its layers, in place, and returns it.
+
+    Results stay within the numerics gate of torch's own. A network of images then works in channels_last inside; its outputs have the
+    layout of its inputs. `pyops.explain(model, x)` shows what runs together, what does not and why; `unfuse` undoes it exactly.
+
+    Args:
+        model: any module, in training or not; parameters and state_dict keys stay untouched.
+        example_inputs: a tensor, or a tuple of the forward's arguments. The fused model is run on them once, in eval mode without
+            gradients, so that its next call finds weights ready, and its outputs are compared with those of the model as it was.
+        verbose: prints a line for every module that changes.
+
+    Raises TypeError when `model` is no torch.nn.Module, RuntimeError where the outputs of `example_inputs` differ by more than rounding;
+    the model is then as it was.
     """
-    return _swap(model, TWINS, "fuse")
+    _check(model, "fuse")
+    expected = None if example_inputs is None else _run(model, example_inputs)
+    changes = {module: (name, change) for name, module, change, _ in survey(model) if change is not None}
+    if changes and not classes.is_fused(model) and any(isinstance(part, nn.Conv2d) for part in model.modules()):
+        changes[model] = "", changes.get(model, ("", Change(None)))[1]._replace(is_root=True)
+    for module, (name, change) in changes.items():
+        _apply(module, change)
+        if verbose:
+            kind = "its calls run together" if change.kind is None else f"pyops.nn.{change.kind.__name__}"
+            print(f"{name or 'the model'} ({type(module).__name__}): {kind}")
+    if example_inputs is not None:
+        _compare(model, example_inputs, expected)
+    return model
+
+
+def survey(model: nn.Module) -> list[Found]:
+    """What `fuse` would do with every module, in the model's order."""
+    found: list[Found] = []
+    owned: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in owned or classes.is_fused(module):
+            continue
+        decision = _decide(module)
+        if isinstance(decision, Change):
+            found.append(Found(name, module, decision, None))
+            if decision.whole:
+                owned |= set(module.modules())
+        else:
+            found.append(Found(name, module, None, decision))
+            if isinstance(module, torch.jit.ScriptModule):
+                owned |= set(module.modules())
+    return found
+
+
+def _decide(module: nn.Module) -> Change | str | None:
+    cls = type(module)
+    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+        return "scripted or traced"
+    if "forward" in module.__dict__:
+        return "its forward was set on the instance"
+    if parametrize.is_parametrized(module):
+        return "parametrised"
+    known = rules.find(cls)
+    if isinstance(known, str):
+        return known
+    if known is not None:
+        return known(module)
+    if isinstance(module, nn.Sequential) and cls.forward is nn.Sequential.forward:
+        return torch_layers.sequential(module)
+    if not cls.__module__.startswith(("torch.", "pyops.")) and rewrite.methods_of(cls):
+        return Change(None, whole=False)
+    return None
+
+
+def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """The tensors of a forward in eval mode without gradients, which leaves the model in its mode."""
+    with evaluating(model), torch.no_grad():
+        output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _compare(model: nn.Module, inputs: Any, expected: Any) -> None:
+    """Undoes the fusion and raises RuntimeError where outputs are not `expected` but for rounding."""
+    try:
+        outputs = _run(model, inputs)
+        same = len(outputs) == len(expected) and all(_agree(y, before) for y, before in zip(outputs, expected, strict=True))
+    except BaseException:
+        unfuse(model)
+        raise
+    if not same:
+        unfuse(model)
+        raise RuntimeError("fuse: example_inputs: the fused model's outputs differ from the model's by more than rounding; it is unfused")
+
+
+def _agree(output: Tensor, expected: Tensor) -> bool:
+    if output.shape != expected.shape or output.dtype != expected.dtype:
+        return False
+    if not output.is_floating_point():
+        return True  # numbers of classes, kept boxes: a rounding apart they may jump
+    allowed = 1e-3 if output.dtype in (torch.float32, torch.float64) else 5e-2
+    difference = torch.linalg.vector_norm(output.double() - expected.double())
+    return bool(difference <= allowed * torch.linalg.vector_norm(expected.double())) or torch.equal(output, expected)
+
+
+def _apply(module: nn.Module, change: Change) -> None:
+    classes.become(module, change.kind, change.is_root, **change.attributes)
+    for part, own in change.parts:
+        _apply(part, own)
 
 
 def unfuse(model: Model) -> Model:
-    """Undoes `fuse`, in place, and returns the model. A layer that uses what torch's has not (reset-before, sigmoid) stays as it is."""
-    return _swap(model, {twin: own for own, twin in TWINS.items()}, "unfuse")
-
-
-def _swap(model: Model, classes: dict[type, type], name: str) -> Model:
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"{name}: model: expected a torch.nn.Module, got {type(model).__name__}")
+    """Undoes `fuse`, in place, and returns the model."""
+    _check(model, "unfuse")
     for module in model.modules():
-        extras = not getattr(module, "reset_after", True) or getattr(module, "nonlinearity", None) == "sigmoid"
-        if type(module) in classes and not extras:
-            module.__class__ = classes[type(module)]
+        if classes.is_fused(module):
+            classes.restore(module)
     return model
+
+
+def _check(model: Any, name: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: model: expected a torch.nn.Module, got {type(model).__name__}")

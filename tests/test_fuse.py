@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import pyops
 
@@ -53,3 +54,95 @@ def test_what_is_not_torchs_own_is_left_alone():
     assert type(pyops.unfuse(pyops.nn.GRU(3, 4, reset_after=False))) is pyops.nn.GRU
     with pytest.raises(TypeError, match=r"fuse: model: expected a torch.nn.Module, got list"):
         pyops.fuse([])
+
+
+class Block(torch.nn.Module):
+    """A residual block as users write it."""
+
+    def __init__(self, channels, stride=1):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(channels)
+        self.conv2 = torch.nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = torch.nn.BatchNorm2d(channels)
+        self.shortcut = torch.nn.Sequential()
+        if stride > 1:
+            self.shortcut = torch.nn.Sequential(torch.nn.Conv2d(channels, channels, 1, stride), torch.nn.BatchNorm2d(channels))
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += self.shortcut(x)
+        return F.relu(out)
+
+
+class Net(torch.nn.Module):
+    """Its `view` takes no image in channels_last."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 16, 3, padding=1)
+        self.blocks = torch.nn.Sequential(Block(16), Block(16, 2))
+        self.head = torch.nn.Linear(256, 5)
+
+    def forward(self, x):
+        x = F.max_pool2d(torch.relu(self.stem(x)), 2)
+        x = self.blocks(x)
+        return self.head(x.view(x.size(0), -1))
+
+
+def tensors_of(model):
+    return [*model.parameters(), *model.buffers()]
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_a_users_own_network(train):
+    torch.manual_seed(0)
+    model, x = Net().train(train), torch.randn(2, 3, 16, 16)
+    twin = copy.deepcopy(model)
+    before = [t.clone() for t in tensors_of(model)]
+    attributes = [sorted(module.__dict__) for module in model.modules()]
+    assert pyops.fuse(model) is model and type(model.blocks[0]) is not Block and isinstance(model.blocks[0], Block)
+    with torch.set_grad_enabled(train):
+        y, expected = model(x), twin(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    if train:
+        y.square().sum().backward()
+        expected.square().sum().backward()
+        for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+        for ours, theirs in zip(model.buffers(), twin.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(tensors_of(model), before, strict=True))
+    pyops.unfuse(model)
+    assert type(model) is Net and type(model.blocks[0]) is Block and [sorted(module.__dict__) for module in model.modules()] == attributes
+
+
+def test_copies_and_files(tmp_path):
+    model, x = pyops.fuse(Net().eval()), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(x)
+        torch.save(model, tmp_path / "model.pt")
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        for copied in (copy.deepcopy(model), loaded):
+            assert type(copied) is type(model) and torch.equal(copied(x), expected)
+            assert type(pyops.unfuse(copied)) is Net
+
+
+def test_example_inputs_are_compared():
+    class Wrong(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.calls = torch.nn.Conv2d(3, 4, 1), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return torch.relu(self.conv(x)) + self.calls
+
+    model = Wrong()
+    with pytest.raises(RuntimeError, match="fuse: example_inputs: the fused model's outputs differ"):
+        pyops.fuse(model, example_inputs=torch.randn(1, 3, 4, 4))
+    assert type(model) is Wrong
+    net = Net()
+    assert pyops.fuse(net, example_inputs=(torch.randn(1, 3, 16, 16),)) is net and net.training

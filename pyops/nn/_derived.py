@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -104,9 +105,12 @@ class DerivedParts(dict[str, Derived]):
 
 
 class Keeps:
-    """Of modules that keep a `Derived`, or `DerivedParts`, as ``_kept``: drops it where a change of tensors may have gone unseen."""
+    """Of modules that keep a `Derived`, or something like it, as ``_kept``, made at its first use: drops what it holds where a change of
+    tensors may have gone unseen."""
 
-    _kept: Any
+    @cached_property
+    def _kept(self) -> Any:
+        return Derived()
 
     def train(self, mode: bool = True):
         self._kept.clear()
@@ -145,9 +149,19 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in HOOKS) or "forward" in module.__dict__
 
 
+# Other libraries' classes that do what one of torch's does, layers of theirs without options; `pyops.fuse` lists them.
+ALIASES: dict[type, type] = {}
+
+
+def kind_of(module: nn.Module) -> type:
+    """The class that says what kernels may stand for the module: its own, or the one that it was fused as."""
+    own = type(module)
+    return getattr(own, "_kind", None) or ALIASES.get(own, own)
+
+
 def is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
-    """Whether kernels may stand for the parts: every part is exactly one of `kinds`, no part but `module` itself has hooks, which only a
+    """Whether kernels may stand for the parts: every part is of exactly one of `kinds`, no part but `module` itself has hooks, which only a
     call of the part would run, and nobody records the layers one by one."""
     if _conv_call.is_recorded():
         return False
-    return all(type(part) in kinds and (part is module or not has_hooks(part)) for part in module.modules())
+    return all(kind_of(part) in kinds and (part is module or not has_hooks(part)) for part in module.modules())

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyops.nn._derived import Derived, Keeps, has_hooks, is_plain
+from pyops.nn._derived import Keeps, has_hooks, is_plain, kind_of
 from pyops.nn.conv import KINDS, ConvBNAct, Parts, name_of, parts_of, pool_of, upsampling_of
 from pyops.nn.linear import run_kept
 from pyops.ops import _conv_call, _depthwise_ops
 
 ADD = "+"  # among the names of a chain's layers: where a residual is added
+ADD_ = "+="  # the same in place: the sum has the branch's dtype
 
 
 class ConvChain(ConvBNAct):
     """A view of layers that belong elsewhere: [upsampling,] convolution [, batch norm] [, + residual] [, activation] [, pooling].
 
-    ``before``: how many layers come before the residual is added, None without one. What kernels cannot stand for (a replaced layer,
-    hooks, a residual at another place) runs layer by layer; `torch.nn.Identity` stands for nothing. The view holds the very layers,
-    registers nothing with their owner and is never saved or copied with it.
+    ``before``: how many layers come before the residual is added, None without one; ``in_place``: as PyTorch's ``+=`` adds. What kernels
+    cannot stand for (a replaced layer, hooks, a residual at another place) runs layer by layer; `torch.nn.Identity` stands for nothing.
+    The view holds the very layers, registers nothing with their owner and is never saved or copied with it.
     """
 
-    def __init__(self, layers: list[nn.Module], before: int | None):
+    def __init__(self, layers: list[nn.Module], before: int | None, in_place: bool = False):
         nn.Sequential.__init__(self, *layers)
-        self.before = before
+        self.before, self.in_place = before, in_place
         self.backend = None
-        self._kept = Derived()
         self._place = 1 if upsampling_of(layers[0]) else 0
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -39,7 +40,7 @@ class ConvChain(ConvBNAct):
 
     def parts(self) -> Parts | None:
         layers = list(self)
-        parts = parts_of([layer for layer in layers if type(layer) is not nn.Identity], norm=False)
+        parts = parts_of([layer for layer in layers if kind_of(layer) is not nn.Identity], norm=False)
         if parts is None or self.before is None:
             return parts
         early, late = layers[: self.before], layers[self.before :]
@@ -59,15 +60,14 @@ class ConvChain(ConvBNAct):
         return residual.shape == (input.shape[0], conv.out_channels, *size)
 
     def run_layers(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        return _run_layers(list(self), self.before, input, residual)
+        return _run_layers(list(self), self.before, input, residual, self.in_place)
 
 
 class LinearChain(Keeps, nn.Sequential):
     """A view of a linear layer and the activation after it: one call without gradients, PyTorch's layers with them."""
 
     def __init__(self, layers: list[nn.Module]):
-        super().__init__(*layers)
-        self._kept = Derived()
+        super().__init__(*(layer for layer in layers if type(layer) is not nn.Identity))
 
     def forward(self, input: Tensor) -> Tensor:
         layers: list[Any] = list(self)
@@ -91,9 +91,9 @@ class Chains(dict[Any, Any]):
 class Chained(Keeps):
     """Of modules that run layers of theirs as one: ``self.chain("conv1", "bn1", ADD, "relu")(input, residual)``."""
 
-    @property
+    @cached_property
     def _kept(self) -> Chains:
-        return self.__dict__.setdefault("_chains", Chains())
+        return Chains()
 
     def chain(self, *names: str) -> Callable[..., Tensor]:
         """The view of the layers of those names as they are now; ADD stands where a residual comes in."""
@@ -119,9 +119,9 @@ class Sequential(Chained, nn.Sequential):
         layers = list(self)
         before, steps = self._kept.get("steps", ((), ()))
         if len(layers) != len(before) or not _same(layers, before):
-            steps = _grouped(layers)
+            steps = grouped(layers)
             self._kept["steps"] = layers, steps
-        for step in steps:
+        for step, _ in steps:
             input = step(input)
         return input
 
@@ -130,36 +130,65 @@ def _same(layers: list[nn.Module], before) -> bool:
     return all(a is b for a, b in zip(layers, before, strict=True))
 
 
-def _run_layers(layers: list[nn.Module], before: int | None, input: Tensor, residual: Tensor | None = None) -> Tensor:
+def _run_layers(
+    layers: list[nn.Module], before: int | None, input: Tensor, residual: Tensor | None = None, in_place: bool = False
+) -> Tensor:
+    def add(y: Tensor) -> Tensor:
+        return y if residual is None else y.add_(residual) if in_place else y + residual
+
     y = input
     for place, layer in enumerate(layers):
-        y = layer(y if place != before or residual is None else y + residual)
-    return y + residual if before == len(layers) and residual is not None else y
+        y = layer(add(y) if place == before else y)
+    return add(y) if before == len(layers) else y
 
 
-def _view(layers: list[nn.Module], before: int | None) -> ConvChain | LinearChain:
-    return LinearChain(layers) if type(layers[0]) is nn.Linear else ConvChain(layers, before)
+def _view(layers: list[nn.Module], before: int | None, in_place: bool = False) -> ConvChain | LinearChain:
+    return LinearChain(layers) if type(layers[0]) is nn.Linear else ConvChain(layers, before, in_place)
 
 
-def _grouped(layers: list[nn.Module]) -> list[nn.Module]:
-    """The layers, or views of several."""
-    steps: list[nn.Module] = []
+SUMS: dict[Any, Callable[[Any, Any], Any]] = {ADD: operator.add, ADD_: operator.iadd}
+
+
+def grouped(layers: list[Any]) -> list[tuple[Any, bool]]:
+    """The steps that run the layers: a layer, or the view of several, and whether a residual goes into it. ADD or ADD_ may stand among the
+    layers; where no view takes the sum in, it is a step."""
+    steps: list[tuple[Any, bool]] = []
     i = 0
     while i < len(layers):
-        count = _run_length(layers[i:])
-        steps.append(_view(layers[i : i + count], None) if count else layers[i])
+        count, before = _run_length(layers[i:])
+        taken = layers[i : i + (count or 1)]
+        if count:
+            in_place = ADD_ in taken
+            steps.append((_view([layer for layer in taken if not isinstance(layer, str)], before, in_place), before is not None))
+        else:
+            steps.append((SUMS.get(layers[i], layers[i]), layers[i] in SUMS))
         i += count or 1
     return steps
 
 
-def _run_length(layers: list[nn.Module]) -> int:
-    """How many of the first layers run as one; 0: the first is nothing that a view is for."""
+def _run_length(layers: list[Any]) -> tuple[int, int | None]:
+    """How many of the first layers run as one, 0: the first is nothing that a view is for; and where among them a residual is added."""
+
+    def after(i: int, wanted: Callable[[Any], bool]) -> int:
+        """Behind the next layer that does something, if it is wanted."""
+        j = i
+        while j < len(layers) and kind_of(layers[j]) is nn.Identity:
+            j += 1
+        return j + 1 if j < len(layers) and wanted(layers[j]) else i
+
+    def activates(layer: Any) -> bool:
+        return isinstance(layer, nn.Module) and name_of(layer) is not None
+
+    if not isinstance(layers[0], nn.Module):
+        return 0, None
     if type(layers[0]) is nn.Linear:
-        return 2 if len(layers) > 1 and name_of(layers[1]) is not None else 1
+        return after(1, activates), None
     i = 1 if upsampling_of(layers[0]) else 0
-    if i >= len(layers) or type(layers[i]) is not nn.Conv2d:
-        return 0
-    i += 1
-    i += i < len(layers) and type(layers[i]) in (nn.BatchNorm2d, nn.SyncBatchNorm)
-    i += i < len(layers) and name_of(layers[i]) is not None
-    return i + (i < len(layers) and pool_of(layers[i]) is not None)
+    if i >= len(layers) or kind_of(layers[i]) is not nn.Conv2d:
+        return 0, None
+    i = after(i + 1, lambda layer: kind_of(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm))
+    summed = after(i, lambda layer: layer in SUMS)
+    if summed != i:
+        return after(summed, activates), summed - 1
+    i = after(i, activates)
+    return after(i, lambda layer: isinstance(layer, nn.Module) and pool_of(layer) is not None), None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyops.nn import _training
-from pyops.nn._derived import Derived, Keeps, is_plain
+from pyops.nn._derived import Keeps, is_plain, kind_of
 from pyops.ops import _activations, _conv_call, _conv_run, _vendor_conv
 from pyops.ops._fused_ops import Squeeze
 from pyops.ops._vendor_conv import UPSAMPLINGS, Conv, Pool
@@ -30,9 +30,10 @@ def _activation(name: str, argument: str) -> nn.Module:
 
 def name_of(layer: nn.Module) -> str | None:
     """The kernels' name for an activation layer as it is now; None where they have none."""
+    found = kind_of(layer)
     if (isinstance(layer, nn.LeakyReLU) and layer.negative_slope != 0.01) or (isinstance(layer, nn.GELU) and layer.approximate != "none"):
         return None
-    return next((name for name, kind in ACTIVATIONS.items() if type(layer) is kind), None)
+    return next((name for name, kind in ACTIVATIONS.items() if found is kind), None)
 
 
 class DropPath(nn.Module):
@@ -122,8 +123,8 @@ def parts_of(layers: list[Any], norm: bool) -> Parts | None:
     pool = pool_of(layers[-1]) if layers else None
     layers = layers[:-1] if pool is not None else layers
     conv, *rest = layers or [None]
-    normal = rest.pop(0) if rest and type(rest[0]) in (nn.BatchNorm2d, nn.SyncBatchNorm) else None
-    if type(conv) is not nn.Conv2d or (norm and normal is None) or len(rest) > 1:
+    normal = rest.pop(0) if rest and kind_of(rest[0]) in (nn.BatchNorm2d, nn.SyncBatchNorm) else None
+    if conv is None or kind_of(conv) is not nn.Conv2d or (norm and normal is None) or len(rest) > 1:
         return None
     activation = name_of(rest[0]) if rest else "none"
     return None if activation is None else Parts(conv, normal, activation, upsample, pool)
@@ -179,7 +180,6 @@ class ConvBNAct(Keeps, nn.Sequential):
         layers += [] if activation is None else [_activation(activation, f"{type(self).__name__}: activation")]
         nn.Sequential.__init__(self, *layers, *([] if pool is None else [pool]))
         self.backend = backend
-        self._kept = Derived()
 
     def forward(self, input: Tensor) -> Tensor:
         return self.run(input)[0]

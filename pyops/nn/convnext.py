@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyops.nn import _mlp
-from pyops.nn._derived import Derived, Keeps, has_hooks, is_plain
+from pyops.nn._derived import Keeps, has_hooks, is_plain, kind_of
 from pyops.nn.conv import DropPath, can_fold
 from pyops.ops import _conv_call
 from pyops.ops.depthwise_conv import depthwise_conv_bn_act, run_folded
@@ -52,13 +52,12 @@ class ConvNeXtBlock(Keeps, nn.Module):
         self.layer_scale = nn.Parameter(torch.full((dim, 1, 1), layer_scale))
         self.stochastic_depth = DropPath(drop_path)
         self.backend = backend
-        self._kept = Derived()
 
     def forward(self, input: Tensor) -> Tensor:
         conv: Any = self.block[0]
         if not self._is_standard() or input.dim() != 4 or input.shape[1] != conv.in_channels:
             return self.stochastic_depth(self.layer_scale * self.block(input)) + input
-        drops = type(self.stochastic_depth) is not DropPath or (self.stochastic_depth.training and self.stochastic_depth.p > 0)
+        drops = kind_of(self.stochastic_depth) is not DropPath or (self.stochastic_depth.training and self.stochastic_depth.p > 0)
         if can_fold(conv.weight, input) and not drops and self._has_kernel(input):
             return self._infer(input)
         y: Any = depthwise_conv_bn_act(*_conv_call.autocast(input, conv.weight, conv.bias), padding=3, backend=self.backend)
@@ -71,7 +70,7 @@ class ConvNeXtBlock(Keeps, nn.Module):
     def _is_standard(self) -> bool:
         parts: list[Any] = list(self.block)
         kinds = (nn.Conv2d, Permute, nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear, Permute)
-        if tuple(type(part) for part in parts) != kinds or not is_plain(self.block, (nn.Sequential, *set(kinds))):
+        if tuple(kind_of(part) for part in parts) != kinds or not is_plain(self.block, (nn.Sequential, *set(kinds))):
             return False
         if has_hooks(self.block) or has_hooks(self.stochastic_depth):
             return False

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyops.nn import _dense_block
-from pyops.nn._derived import Derived, Keeps, has_hooks, is_plain
+from pyops.nn._derived import Keeps, has_hooks, is_plain, kind_of
 from pyops.nn.conv import can_fold, pool_of
 from pyops.ops import _activations, _channel_ops, _conv_call, _conv_run, _pointwise_ops
 from pyops.ops._fused_ops import KERNELS
@@ -66,7 +66,6 @@ class DenseLayer(Keeps, nn.Module):
         self.relu2 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(bn_size * growth_rate, growth_rate, 3, padding=1, bias=False)
         self.drop_rate, self.memory_efficient, self.backend = float(drop_rate), memory_efficient, backend
-        self._kept = Derived()
 
     def forward(self, input: Tensor | list[Tensor]) -> Tensor:
         features = input if isinstance(input, Tensor) else torch.cat(list(input), 1)
@@ -151,11 +150,10 @@ class DenseBlock(Keeps, nn.ModuleDict):
             channels = num_input_features + i * growth_rate
             self[f"denselayer{i + 1}"] = DenseLayer(channels, growth_rate, bn_size, drop_rate, memory_efficient, backend)
         self.backend = backend
-        self._kept = Derived()
 
     def forward(self, init_features: Tensor) -> Tensor:
         layers: list[Any] = list(self.values())
-        if not torch.compiler.is_compiling() and init_features.dim() == 4 and all(type(layer) is DenseLayer for layer in layers):
+        if not torch.compiler.is_compiling() and init_features.dim() == 4 and all(kind_of(layer) is DenseLayer for layer in layers):
             name = kernels_of(self, init_features)
             if _infers(layers[0].conv1.weight, init_features):
                 ready = self._kept.get(self, lambda: self._make_ready(layers, name, init_features), (name, init_features.dtype))
@@ -212,7 +210,6 @@ class DenseTransition(Keeps, nn.Sequential):
         self.conv = nn.Conv2d(num_input_features, num_output_features, 1, bias=False)
         self.pool = nn.AvgPool2d(2, 2) if pool is None else pool
         self.backend = backend
-        self._kept = Derived()
 
     def forward(self, input: Tensor) -> Tensor:
         pool = pool_of(self.pool)

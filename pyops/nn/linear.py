@@ -27,7 +27,6 @@ class LinearAct(Keeps, nn.Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         _activations.number("LinearAct", activation)
         self.activation, self.backend = activation, backend
-        self._kept = Derived()
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return run_kept(self._kept, self, input, residual, self.activation, self.backend)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyops import _backends, _library
 from pyops.nn import _training
-from pyops.nn._derived import Derived, Keeps, has_hooks, is_plain
+from pyops.nn._derived import Keeps, has_hooks, is_plain, kind_of
 from pyops.nn.chain import Chained, ConvChain
 from pyops.nn.conv import KINDS, ConvBNAct, DropPath, Folded, SqueezeExcitation, can_fold
 from pyops.ops import _activations, _conv_call, _expand_depthwise_ops, _mbconv_ops, _pointwise_ops  # noqa: F401  (registers the ops)
@@ -32,7 +32,7 @@ def is_standard(module: MBConv | FusedMBConv, kinds: tuple[type, ...]) -> bool:
     """Whether kernels can stand for the layers: of these kinds in this order, nothing in them replaced by what kernels do not know, no
     hooks inside, the last convolution without an activation."""
     block: Any = module.block
-    if drops_otherwise(module) or has_hooks(block) or tuple(type(part) for part in block) != kinds or not is_plain(block, PARTS):
+    if drops_otherwise(module) or has_hooks(block) or tuple(kind_of(part) for part in block) != kinds or not is_plain(block, PARTS):
         return False
     known = all(part.is_standard() if isinstance(part, SqueezeExcitation) else part.activation is not None for part in block)
     return known and block[-1].activation == "none"
@@ -40,7 +40,7 @@ def is_standard(module: MBConv | FusedMBConv, kinds: tuple[type, ...]) -> bool:
 
 def drops_otherwise(module: MBConv | FusedMBConv) -> bool:
     """Whether the drop path is another's, or has hooks."""
-    return type(module.stochastic_depth) is not DropPath or has_hooks(module.stochastic_depth)
+    return kind_of(module.stochastic_depth) is not DropPath or has_hooks(module.stochastic_depth)
 
 
 def drops(module: MBConv | FusedMBConv) -> bool:
@@ -106,7 +106,6 @@ class MBConv(Keeps, nn.Module):
         self.expands = expand_ratio > 1
         self.kinds = tuple(type(layer) for layer in layers)
         self.out_channels, self.backend = out_channels, backend
-        self._kept = Derived()
 
     def forward(self, input: Tensor) -> Tensor:
         first: Any = self.block[0]
@@ -217,7 +216,6 @@ class _View(MBConv):
         self.use_res_connect, self.expands = adds, len(wide) == 2
         self.kinds = tuple(type(layer) for layer in self.block)
         self.out_channels, self.backend = conv.out_channels, None
-        self._kept = Derived()
 
 
 VIEWED = (ConvBNAct, ConvBNAct, nn.Conv2d, nn.BatchNorm2d)
@@ -229,7 +227,7 @@ class BlockView(Chained):
     def run_block(self, layers: nn.Sequential, adds: bool, input: Tensor) -> Tensor:
         """``layers(input)``, with the input added where `adds`, as one block where the layers are what it knows."""
         parts = list(layers)
-        kinds = tuple(type(part) for part in parts)
+        kinds = tuple(kind_of(part) for part in parts)
         if torch.compiler.is_compiling() or has_hooks(layers) or kinds not in (VIEWED, VIEWED[1:]):
             return input + layers(input) if adds else layers(input)
         before, view = self._kept.get("block", ([], None))

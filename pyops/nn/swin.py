@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyops.nn import _mlp
-from pyops.nn._derived import Derived, Keeps, has_hooks, is_plain
+from pyops.nn._derived import Keeps, has_hooks, is_plain, kind_of
 from pyops.nn.conv import DropPath, can_fold
 from pyops.nn.linear import BlockLinear
 from pyops.ops import _window_attention_ops
@@ -124,7 +124,6 @@ class ShiftedWindowAttentionV2(Keeps, ShiftedWindowAttention):
         self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(inplace=True), nn.Linear(512, num_heads, bias=False))
         if qkv_bias:
             nn.init.zeros_(self.qkv.bias[dim : 2 * dim])
-        self._kept = Derived()
 
     def define_relative_position_bias_table(self) -> None:
         if min(self.window_size) < 2:
@@ -194,7 +193,6 @@ class SwinTransformerBlock(Keeps, nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.normal_(layer.bias, std=1e-6)
         self.backend = backend
-        self._kept = Derived()
 
     def forward(self, input: Tensor) -> Tensor:
         x = input + self.stochastic_depth(self.attn(self.norm1(input)))
@@ -218,7 +216,9 @@ class SwinTransformerBlock(Keeps, nn.Module):
         """The kernel's weights, or None where it cannot stand for the layers."""
         mlp: Any = self.mlp
         kinds = (nn.Linear, nn.GELU, nn.Dropout, nn.Linear, nn.Dropout)
-        if type(mlp) is not nn.Sequential or tuple(type(part) for part in mlp) != kinds or any(has_hooks(part) for part in mlp.modules()):
+        if not isinstance(mlp, nn.Sequential) or tuple(kind_of(part) for part in mlp) != kinds:
+            return None
+        if any(has_hooks(part) for part in mlp.modules()):
             return None
         widen, narrow = mlp[0], mlp[3]
         ends = (widen.in_features, narrow.in_features, narrow.out_features) == (C, widen.out_features, C)
@@ -298,7 +298,7 @@ def _merge(x: Tensor) -> Tensor:
 
 def _is_still(drop: nn.Module) -> bool:
     """Whether it is a DropPath that changes nothing."""
-    return type(drop) is DropPath and not (drop.training and drop.p > 0) and not has_hooks(drop)
+    return kind_of(drop) is DropPath and not (drop.training and drop.p > 0) and not has_hooks(drop)
 
 
 def _pair(op: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:

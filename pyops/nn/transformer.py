@@ -6,6 +6,7 @@ None takes torch's C++ fast path: the layers are called one by one, so that hook
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,15 +23,17 @@ from pyops.ops import _conv_call
 class _Layer(Keeps):
     """What encoder and decoder layers share: whose attention they call, and how they feed forward."""
 
-    _kept: DerivedParts
     activation: Any
     linear1: nn.Linear
     linear2: nn.Linear
     dropout: nn.Dropout
 
+    @cached_property
+    def _kept(self) -> DerivedParts:
+        return DerivedParts()
+
     def _adopt(self, backend: str | None) -> None:
         """torch's attention becomes ours where it lies: the same parameters, and initial values drawn in torch's order."""
-        self._kept = DerivedParts()
         for module in self.children():  # type: ignore[attr-defined]
             if type(module) is nn.MultiheadAttention:
                 module.__class__ = MultiheadAttention
