@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import cached_property
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -40,21 +41,23 @@ class Kept(NamedTuple):
 
     value: Any
     facts: Any
-    entries: list[tuple[dict, str, Any]]
+    owners: list[dict]
+    names: list[str]
+    values: list[Any]  # what each owner has under its name
     versions: list[tuple[Tensor, int, int]]  # and where its elements are
-    hooks: list[tuple[dict, bool]]
-    step: int
+    hooks: list[dict]
+    hooked: list[bool]
+    step: int | None
 
     def holds(self, facts: Any) -> bool:
-        if self.facts != facts or self.step != _last_step:
+        if self.facts != facts or self.step not in (None, _last_step):
             return False
-        for owner, name, value in self.entries:
-            if owner.get(name) is not value:
-                return False
+        if not all(map(is_, map(dict.get, self.owners, self.names), self.values)):  # half a loop's time, at every call of a layer
+            return False
         for tensor, version, address in self.versions:
             if tensor._version != version or _address(tensor) != address:
                 return False
-        return all(bool(hooks) == had for hooks, had in self.hooks)
+        return list(map(bool, self.hooks)) == self.hooked
 
 
 class Derived:
@@ -63,11 +66,13 @@ class Derived:
     What counts as a change: a parameter, buffer or submodule replaced, a tensor written in place (by its version) or given other memory,
     a step of any optimizer, a hook added, a part's train or eval mode, one of a layer's OPTIONS. Writing through ``parameter.data`` in
     place bumps no version; `Keeps` therefore drops the value in ``train`` and ``_apply`` (``module.to(...)``) as well. Threads may call
-    the module at once: what is kept is one object, which is replaced and never written.
+    the module at once: what is kept is one object, which is replaced and never written. ``of_tensors=False``: the value depends on which
+    layers, options, hooks and parameters there are, not on what is written in them.
     """
 
-    def __init__(self):
+    def __init__(self, of_tensors: bool = True):
         self._kept: Kept | None = None
+        self._of_tensors = of_tensors
 
     def clear(self) -> None:
         self._kept = None
@@ -79,16 +84,16 @@ class Derived:
         kept = self._kept
         if kept is not None and kept.holds(facts):
             return kept.value
-        state = _state_of(module)  # before what is computed of it: a change in between is seen at the next call
+        state = _state_of(module, self._of_tensors)  # before what is computed of it: a change in between is seen at the next call
         value = compute()
         self._kept = None if state is None else Kept(value, facts, *state)
         return value
 
     def __deepcopy__(self, memo) -> Derived:
-        return Derived()
+        return Derived(self._of_tensors)
 
     def __reduce__(self):
-        return Derived, ()
+        return Derived, (self._of_tensors,)
 
 
 class DerivedParts(dict[str, Derived]):
@@ -121,23 +126,26 @@ class Keeps:
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
 
-def _state_of(module: nn.Module) -> tuple | None:
-    """As `Kept` holds it; None when a tensor keeps no version (inference tensors), so that nothing can be kept."""
+def _state_of(module: nn.Module, of_tensors: bool) -> tuple | None:
+    """As `Kept` holds it, without what is written in tensors unless `of_tensors`; None when a tensor keeps no version (inference tensors),
+    so that nothing can be kept."""
     entries: list[tuple[dict, str, Any]] = []
-    versions, hooks, step = [], [], _last_step
+    hooks: list[dict] = []
+    versions, step = [], _last_step if of_tensors else None
     for part in module.modules():
         entries += [(part.__dict__, "training", part.training), (part.__dict__, "forward", part.__dict__.get("forward"))]
         entries += [(part.__dict__, name, part.__dict__[name]) for name in OPTIONS if name in part.__dict__]
         entries += [(part._modules, name, child) for name, child in part._modules.items()]
-        hooks += [(getattr(part, name), bool(getattr(part, name))) for name in HOOKS]
+        hooks += [getattr(part, name) for name in HOOKS]
         for owner in (part._parameters, part._buffers):
             for name, tensor in owner.items():
                 entries.append((owner, name, tensor))
-                if tensor is not None:
+                if tensor is not None and of_tensors:
                     if tensor.is_inference():
                         return None
                     versions.append((tensor, tensor._version, _address(tensor)))
-    return entries, versions, hooks, step
+    owners, names, values = (list(column) for column in zip(*entries, strict=True))
+    return owners, names, values, versions, hooks, list(map(bool, hooks)), step
 
 
 def _address(tensor: Tensor) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyops.nn._derived import Keeps, has_hooks, is_plain, kind_of
 from pyops.nn.conv import KINDS, ConvBNAct, Parts, name_of, parts_of, pool_of, upsampling_of
-from pyops.nn.linear import run_kept
+from pyops.nn.linear import LinearCalls
 from pyops.ops import _conv_call, _depthwise_ops
 
 ADD = "+"  # among the names of a chain's layers: where a residual is added
@@ -34,7 +34,9 @@ class ConvChain(ConvBNAct):
         self._place = 1 if upsampling_of(layers[0]) else 0
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if input.dim() != 4 or (residual is not None and not self._adds(input, residual)):
+        if residual is None and input.dim() == 4:
+            return self.run(input)[0]
+        if input.dim() != 4 or not self._adds(input, residual):
             return self.run_layers(input, residual)
         return self.run(input, residual=residual)[0]
 
@@ -47,7 +49,7 @@ class ConvChain(ConvBNAct):
         ends = any(name_of(layer) is not None or pool_of(layer) is not None for layer in early)
         return None if ends or any(layer is parts.conv or layer is parts.norm for layer in late) else parts
 
-    def plain_parts(self) -> Parts | None:
+    def _plain_parts(self) -> Parts | None:
         return self.parts() if is_plain(self, (ConvChain, nn.Identity, *KINDS)) else None
 
     def _adds(self, input: Tensor, residual: Tensor) -> bool:
@@ -70,12 +72,20 @@ class LinearChain(Keeps, nn.Sequential):
         super().__init__(*(layer for layer in layers if type(layer) is not nn.Identity))
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _conv_call.is_recorded():
+            return super().forward(input)
+        calls = self._kept.get(self, self._make_calls)
+        if calls is None:
+            return super().forward(input)
+        return calls.run(input) if _conv_call.is_plain_inference(input) else calls.run_any(input)
+
+    def _make_calls(self) -> LinearCalls | None:
+        """None where a kernel cannot stand for the layers."""
         layers: list[Any] = list(self)
         activation = name_of(layers[1]) if len(layers) > 1 else "none"
-        followed = torch.is_grad_enabled() or torch.compiler.is_compiling() or _conv_call.is_recorded()
-        if followed or activation is None or any(has_hooks(layer) for layer in layers):
-            return super().forward(input)
-        return run_kept(self._kept, layers[0], input, None, activation, None)
+        if activation is None or any(has_hooks(layer) for layer in layers):
+            return None
+        return LinearCalls(layers[0], activation)
 
 
 class Chains(dict[Any, Any]):
@@ -116,9 +126,9 @@ class Sequential(Chained, nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return super().forward(input)
-        layers = list(self)
-        before, steps = self._kept.get("steps", ((), ()))
-        if len(layers) != len(before) or not _same(layers, before):
+        layers = list(self._modules.values())
+        before, steps = self._kept.get("steps", ([], []))
+        if layers != before:  # modules are equal only to themselves
             steps = grouped(layers)
             self._kept["steps"] = layers, steps
         for step, _ in steps:

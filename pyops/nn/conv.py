@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyops.nn import _training
-from pyops.nn._derived import Keeps, is_plain, kind_of
+from pyops.nn._derived import Derived, Keeps, is_plain, kind_of
 from pyops.ops import _activations, _conv_call, _conv_run, _vendor_conv
 from pyops.ops._fused_ops import Squeeze
 from pyops.ops._vendor_conv import UPSAMPLINGS, Conv, Pool
@@ -188,8 +189,17 @@ class ConvBNAct(Keeps, nn.Sequential):
         """None where layers were replaced by some that kernels cannot stand for."""
         return parts_of(list(self), norm=True)
 
+    @cached_property
+    def _structure(self) -> Derived:
+        return Derived(of_tensors=False)
+
     def plain_parts(self) -> Parts | None:
         """None as well where a part is of another class or has hooks."""
+        if torch.compiler.is_compiling():
+            return self._plain_parts()
+        return None if _conv_call.is_recorded() else self._structure.get(self, self._plain_parts)
+
+    def _plain_parts(self) -> Parts | None:
         return self.parts() if is_plain(self, KINDS) else None
 
     @property
@@ -200,6 +210,11 @@ class ConvBNAct(Keeps, nn.Sequential):
 
     def run(self, input: Tensor, means: bool = False, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The block's output and, if asked for, its channel means ``[N, C]``. A residual is added before the activation."""
+        if not means and self.backend is None and _conv_call.is_plain_inference(input):
+            again = self._kept.get(self, self._fold)
+            again = None if again is None else _conv_run.run_again(input, residual, again.kept)
+            if again is not None:
+                return again, None
         conv: Any = self._conv()
         folded = self.folded() if conv is not None and can_fold(conv.weight, input) else None
         around = folded is not None and (folded.call.upsample > 0 or folded.call.pool is not None)

@@ -67,14 +67,25 @@ def run_folded(
     the layouts that kernels want, and what runs a call, by its shape."""
     if torch.compiler.is_compiling() or backend is not None or _backends.overridden():
         return _conv_call.in_layout_of(_plan(input, weight, bias, residual, call, kept, backend)(input, residual), input)
-    plans = kept.setdefault("plans", {})
-    key = (input.shape, input.dtype, None if residual is None else residual.shape, _vendor_conv.switches())
-    plan = plans.get(key)
-    if plan is None:
-        if len(plans) >= MOST_PLANS:
-            plans.clear()
-        plan = plans[key] = _plan(input, weight, bias, residual, call, kept, backend)
+    output = run_again(input, residual, kept)
+    if output is not None:
+        return output
+    plans = kept["plans"]
+    if len(plans) >= MOST_PLANS:
+        plans.clear()
+    plans[_key(input, residual)] = plan = _plan(input, weight, bias, residual, call, kept, backend)
     return _conv_call.in_layout_of(plan(input, residual), input)
+
+
+def run_again(input: Tensor, residual: Tensor | None, kept: dict) -> Tensor | None:
+    """`run_folded` of a call that has run before, without a look at anything else; None where it has not."""
+    plan = kept.setdefault("plans", {}).get(_key(input, residual))
+    return None if plan is None else _conv_call.in_layout_of(plan(input, residual), input)
+
+
+def _key(input: Tensor, residual: Tensor | None) -> tuple:
+    beside = None if residual is None else (residual.shape, residual.dtype)
+    return input.shape, input.dtype, beside, _vendor_conv.switches()
 
 
 def write_folded(input: Tensor, out: Tensor, weight: Tensor, call: Conv, kept: dict, backend: str | None) -> None:
@@ -119,6 +130,8 @@ def _plan_cpu(input, weight, bias, call: Conv, kept: dict, size, O: int) -> Plan
     if seen.transposed:
         filter = _kept(kept, ("doubled", input.dtype), lambda: doubled.to(input.dtype).contiguous(memory_format=torch.channels_last))
         return lambda x, beside: _pooled(_unfused(x, filter, bias, beside, seen), pool)
+    if pool is not None and pools(pool) and not call.upsample and _is_small(input, weight, size):
+        return _plan_small(input, weight, bias, call, pool, kept)
     plain = _plan_onednn(image, weight, bias, seen, kept, size)
     if call.upsample == 0 and pool is None:
         return plain
@@ -141,12 +154,29 @@ def _pooled(y: Tensor, pool: Pool | None) -> Tensor:
 
 
 def _plan_onednn(input, weight, bias, call: Conv, kept: dict, size) -> Plan:
-    small = math.prod(size) * input.shape[0] * weight.numel() < 3e6  # products; oneDNN's fused call takes 30 us longer to start
-    if not small and _vendor_conv.fused_by(input, call) is not None:
+    if not _is_small(input, weight, size) and _vendor_conv.fused_by(input, call) is not None:
         packed = _kept(kept, ("onednn", input.dtype), lambda: _vendor_conv.keep(weight, input, call))
         return lambda x, beside: _vendor_conv.run_fused(x, packed, bias, beside, call)
     filter = _kept(kept, ("plain", input.dtype), lambda: weight.to(input.dtype))
     return lambda x, beside: _unfused(x, filter, bias, beside, call)
+
+
+def _is_small(input: Tensor, weight: Tensor, size) -> bool:
+    """By its products: oneDNN's fused call takes 30 us longer to start."""
+    return math.prod(size) * input.shape[0] * weight.numel() < 3e6
+
+
+def _plan_small(input, weight, bias, call: Conv, pool: Pool, kept: dict) -> Plan:
+    """With the activation in the pass of the pooling, where no residual comes before it."""
+    filter, vector = _kept(kept, ("small", input.dtype), lambda: (weight.to(input.dtype), bias.to(input.dtype)))
+
+    def plan(x: Tensor, beside: Tensor | None) -> Tensor:
+        y = _vendor_conv.convolution(x, filter, vector, call)
+        if beside is None:
+            return _pool_ops.pooled(y, pool, call.activation, call.slope)
+        return _pool_ops.pooled(_vendor_conv.finish(y, beside, call), pool)
+
+    return plan
 
 
 def _unfused(x: Tensor, filter: Tensor, bias: Tensor, beside: Tensor | None, call: Conv) -> Tensor:
