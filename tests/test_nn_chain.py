@@ -10,7 +10,8 @@ from torch import nn
 
 import pyops
 from pyops.nn import Sequential
-from pyops.nn.chain import ADD, Chained
+from pyops.nn.chain import ADD, Chained, ConvChain
+from pyops.ops import _conv_run
 from pyops.testing import relative_error
 
 from .conftest import assert_gate
@@ -436,3 +437,27 @@ def test_neighbours_do_run_as_one():
         assert relative_error([(found, truth)]) < 5e-6  # what the docs promise of Winograd's method
     names = {event.name for event in profile.events()}
     assert not {"aten::batch_norm", "aten::relu", "aten::relu_", "aten::max_pool2d"} & names
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_convolution_without_norm_trains_by_winograds_method(residual, monkeypatch):
+    torch.manual_seed(0)
+    owner = torch.nn.Module()
+    owner.conv, owner.relu = torch.nn.Conv2d(64, 64, 3, padding=1), torch.nn.ReLU(inplace=True)
+    chain = ConvChain([owner.conv, owner.relu], 1 if residual else None)
+    x = torch.randn(4, 64, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
+    beside = torch.randn_like(x) if residual else None
+    called = []
+    real = _conv_run.convolve
+    monkeypatch.setattr(_conv_run, "convolve", lambda *args, **kwargs: called.append(1) or real(*args, **kwargs))
+
+    def gradients(y):
+        return torch.autograd.grad(y.square().sum(), (x, owner.conv.weight, owner.conv.bias))
+
+    y = chain(x, beside)
+    expected = owner.conv(x) if beside is None else owner.conv(x) + beside
+    expected = expected.relu()
+    assert called == [1]
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-4)
+    for ours, theirs in zip(gradients(y), gradients(expected), strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()

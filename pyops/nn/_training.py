@@ -51,6 +51,12 @@ def gains(parts: Any, backend: str | None, input: Tensor) -> bool:
     return _conv_run.winograd(input, parts.conv.weight, shape_of(parts.conv)._replace(upsample=parts.upsample)) > 0
 
 
+def takes(conv: nn.Conv2d, input: Tensor) -> bool:
+    """Whether kernels convolve such inputs as the layer would: its padding is one of numbers and zeros, the dtypes agree."""
+    same = input.dtype == conv.weight.dtype or _conv_call.is_autocast(input.device.type)
+    return same and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
 def is_pointwise(conv: nn.Conv2d) -> bool:
     plain = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0)
     return plain and conv.groups == 1

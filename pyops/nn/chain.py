@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyops.nn import _training
 from pyops.nn._derived import Keeps, has_hooks, is_plain, kind_of
 from pyops.nn.conv import KINDS, ConvBNAct, Parts, name_of, parts_of, pool_of, upsampling_of
 from pyops.nn.linear import LinearCalls
-from pyops.ops import _conv_call, _depthwise_ops
+from pyops.ops import _conv_call, _conv_run, _depthwise_ops
 
 ADD = "+"  # among the names of a chain's layers: where a residual is added
 ADD_ = "+="  # the same in place: the sum has the branch's dtype
@@ -62,7 +63,26 @@ class ConvChain(ConvBNAct):
         return residual.shape == (input.shape[0], conv.out_channels, *size)
 
     def run_layers(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        return _run_layers(list(self), self.before, input, residual, self.in_place)
+        layers = list(self)
+        y = self._convolve(input) if torch.is_grad_enabled() else None
+        if y is None:
+            return _run_layers(layers, self.before, input, residual, self.in_place)
+        return _run_layers(layers[1:], None if self.before is None else self.before - 1, y, residual, self.in_place)
+
+    def _convolve(self, input: Tensor) -> Tensor | None:
+        """The convolution alone with gradients, by Winograd's method; None where the layer itself is to run."""
+        parts = self.plain_parts()
+        conv: Any = None if parts is None or parts.norm is not None or parts.upsample else parts.conv
+        if conv is None or input.dim() != 4 or input.shape[1] != conv.in_channels or not _training.takes(conv, input):
+            return None
+        kernels = _training.kernels_for(self.backend, input)
+        image, weight, bias = _conv_call.autocast(input, conv.weight, conv.bias)
+        call = _training.shape_of(conv)
+        if kernels is None or not _conv_run.winograd(image, weight, call):
+            return None
+        size = _depthwise_ops.output_size(image.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        y, _ = _conv_run.convolve(kernels, image, weight, bias, call, size, moments=False, dense=False)
+        return _conv_call.in_layout_of(y, input)
 
 
 class LinearChain(Keeps, nn.Sequential):

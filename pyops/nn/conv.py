@@ -267,9 +267,8 @@ class ConvBNAct(Keeps, nn.Sequential):
         if parts is None:
             return None
         conv: Any = parts.conv
-        plain = conv.padding_mode == "zeros" and conv.bias is None and not isinstance(conv.padding, str) and parts.norm is not None
-        same = input.dtype == conv.weight.dtype or _conv_call.is_autocast(input.device.type)
-        return parts if plain and same and input.dim() == 4 and input.shape[1] == conv.in_channels else None
+        plain = conv.bias is None and parts.norm is not None and _training.takes(conv, input)
+        return parts if plain and input.dim() == 4 and input.shape[1] == conv.in_channels else None
 
     def convolve(self, kernels, input: _training.Pending, gates: _training.Gates | None = None) -> _training.Pending:
         """The convolution of `input`, with batch norm and activation pending."""
