@@ -19,6 +19,7 @@ from pyops.ops import (
     _pointwise_ops,
     _pool_ops,
     _pool_train,  # noqa: F401
+    _small_conv_ops,
     _vendor_conv,
     _winograd_ops,
 )
@@ -130,8 +131,8 @@ def _plan_cpu(input, weight, bias, call: Conv, kept: dict, size, O: int) -> Plan
     if seen.transposed:
         filter = _kept(kept, ("doubled", input.dtype), lambda: doubled.to(input.dtype).contiguous(memory_format=torch.channels_last))
         return lambda x, beside: _pooled(_unfused(x, filter, bias, beside, seen), pool)
-    if pool is not None and pools(pool) and not call.upsample and _is_small(input, weight, size):
-        return _plan_small(input, weight, bias, call, pool, kept)
+    if _is_small(input, weight, size) and not call.upsample and call.groups == 1 and set(call.dilation) == {1}:
+        return _plan_small(input, weight, bias, call, kept)
     plain = _plan_onednn(image, weight, bias, seen, kept, size)
     if call.upsample == 0 and pool is None:
         return plain
@@ -162,19 +163,22 @@ def _plan_onednn(input, weight, bias, call: Conv, kept: dict, size) -> Plan:
 
 
 def _is_small(input: Tensor, weight: Tensor, size) -> bool:
-    """By its products: oneDNN's fused call takes 30 us longer to start."""
-    return math.prod(size) * input.shape[0] * weight.numel() < 3e6
+    """By its products: libraries take longer to start than to do them."""
+    return math.prod(size) * input.shape[0] * weight.numel() < _small_conv_ops.MOST_PRODUCTS
 
 
-def _plan_small(input, weight, bias, call: Conv, pool: Pool, kept: dict) -> Plan:
-    """With the activation in the pass of the pooling, where no residual comes before it."""
-    filter, vector = _kept(kept, ("small", input.dtype), lambda: (weight.to(input.dtype), bias.to(input.dtype)))
+def _plan_small(input, weight, bias, call: Conv, kept: dict) -> Plan:
+    """One call for everything but a residual, which comes before the activation, and pooling of other windows than 2x2."""
+    filter = _kept(kept, "small", lambda: _small_conv_ops.pack(weight))
+    vector, run = bias.float(), torch.ops.pyops.small_conv.default
+    within = call.pool.in_kernel if call.pool is not None else 0
+    rest = None if within else call.pool
+    ends = (weight.shape[0], call.stride, call.padding)
 
     def plan(x: Tensor, beside: Tensor | None) -> Tensor:
-        y = _vendor_conv.convolution(x, filter, vector, call)
         if beside is None:
-            return _pool_ops.pooled(y, pool, call.activation, call.slope)
-        return _pool_ops.pooled(_vendor_conv.finish(y, beside, call), pool)
+            return _pooled(run(x, filter, vector, *ends, call.activation, call.slope, within), rest)
+        return _pooled(_vendor_conv.finish(run(x, filter, vector, *ends, 0, 0.0, 0), beside, call), call.pool)
 
     return plan
 

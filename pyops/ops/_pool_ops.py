@@ -124,7 +124,7 @@ for _name in ("run", "reduce", "grad"):
     _library.implement(f"pool_{_name}.triton", _triton(_name), "CUDA", "CPU")  # on the CPU under TRITON_INTERPRET=1
 
 
-def pooled(input: Tensor, pool: Pool, activation: int = 0, slope: float = 0.0) -> Tensor:
-    """Pooling of what the activation makes of the input, without gradients."""
+def pooled(input: Tensor, pool: Pool) -> Tensor:
+    """Pooling alone, without gradients."""
     op = _run if input.dtype == torch.float64 else torch.ops.pyops.pool_run.default
-    return op(input, None, pool.maximum, pool.kernel, pool.stride, pool.padding, activation, slope, False)[0]
+    return op(input, None, pool.maximum, pool.kernel, pool.stride, pool.padding, 0, 0.0, False)[0]
