@@ -2,16 +2,17 @@
 //
 // The images are copied once as floats with their zeros around, so that no tap looks at a border. Then an output row at a time (two with
 // pooling): kSpan positions by 16 output channels stay in registers while the taps pass, one load of the filter and kSpan broadcasts of
-// the image each. A row of a filter is one run of KW * C floats of the image, which is summed on its own, kRun at most: short sums, small
-// errors. Floors: N*OH*OW*O*C*KH*KW products over the machine's, which a broadcast each halves; the copy is a C-th of a channel's taps.
+// the image each. A row of a filter is one run of KW * C floats of the image; every kRun taps or so a new sum begins, and the bias comes
+// last: small sums, small errors. Floors: N*OH*OW*O*C*KH*KW products over the machine's, which a broadcast each halves; the copy is a C-th
+// of a channel's taps.
 #include "depthwise_cpu_pass.h"
 #include "small_conv_cpu.h"
 
 namespace pyops::conv::PYOPS_ISA {
 namespace {
 
-constexpr int kSpan = 6;       // positions
-constexpr int64_t kRun = 128;  // taps
+constexpr int kSpan = 6;     // positions
+constexpr int64_t kRun = 8;  // taps
 constexpr int kVectors = 16 / kF;
 
 template <class S>
@@ -48,18 +49,17 @@ struct SmallPass {
       int64_t place[kSpan];
       for (int i = 0; i < kSpan; ++i) place[i] = (ox + i < p.OW ? ox + i : p.OW - 1) * step;
       for (int64_t block = 0; block < blocks; ++block) {
-        vf sums[kSpan][kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-          const int64_t c = block * 16 + v * kF;
-          const vf bias = p.bias && c < p.O ? get(p.bias + c, p.O - c) : vf{};
-          for (auto& sum : sums) sum[v] = bias;
-        }
+        vf sums[kSpan][kVectors] = {}, part[kSpan][kVectors] = {};
+        const auto flush = [&] {
+          for (int i = 0; i < kSpan; ++i)
+            for (int v = 0; v < kVectors; ++v) sums[i][v] += part[i][v], part[i][v] = vf{};
+        };
+        int64_t taken = 0;
         for (int64_t ky = 0; ky < p.KH; ++ky) {
           const float* const from = image + (n * height + oy * p.stride_h + ky) * row;
           const float* weight = p.weight + (ky * length * blocks + block) * 16;
           for (int64_t first = 0; first < length; first += kRun) {
             const int64_t last = first + kRun < length ? first + kRun : length;
-            vf part[kSpan][kVectors] = {};
             for (int64_t k = first; k < last; ++k, weight += blocks * 16) {
               vf taps[kVectors];
 #pragma GCC unroll 4
@@ -71,12 +71,16 @@ struct SmallPass {
                 for (int v = 0; v < kVectors; ++v) part[i][v] += x * taps[v];
               }
             }
-            for (int i = 0; i < kSpan; ++i)
-              for (int v = 0; v < kVectors; ++v) sums[i][v] += part[i][v];
+            taken += last - first;
+            if (taken >= kRun) flush(), taken = 0;
           }
         }
-        for (int i = 0; i < kSpan; ++i)
-          for (int v = 0; v < kVectors; ++v) store(to + ((ox + i) * blocks + block) * 16 + v * kF, sums[i][v]);
+        flush();
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t c = block * 16 + v * kF;
+          const vf bias = p.bias ? get(p.bias + c, p.O - c) : vf{};
+          for (int i = 0; i < kSpan; ++i) store(to + ((ox + i) * blocks + block) * 16 + v * kF, sums[i][v] + bias);
+        }
       }
     }
   }
