@@ -119,6 +119,23 @@ def test_a_users_own_network(train):
     assert type(model) is Net and type(model.blocks[0]) is Block and [sorted(module.__dict__) for module in model.modules()] == attributes
 
 
+class Flattening(Net):
+    def forward(self, x):
+        x = F.max_pool2d(torch.relu(self.stem(x)), 2)
+        return self.head(self.blocks(x).flatten(1))
+
+
+@pytest.mark.parametrize("network, wanted", [(Flattening, True), (Net, False)])
+def test_images_in_channels_last_inside(network, wanted):
+    """Also where the network's own forward was rewritten, and only where its code can read them."""
+    model, x, seen = pyops.fuse(network().eval()), torch.randn(2, 3, 16, 16), []
+    model.blocks.register_forward_pre_hook(lambda _, images: seen.append(images[0].is_contiguous(memory_format=torch.channels_last)))
+    with torch.no_grad():
+        model(x)
+        model(x)
+    assert seen[-1] is wanted
+
+
 def test_copies_and_files(tmp_path):
     model, x = pyops.fuse(Net().eval()), torch.randn(1, 3, 16, 16)
     with torch.no_grad():

@@ -39,14 +39,20 @@ def class_of(original: type[nn.Module], kind: type[nn.Module] | None, is_root: b
 
     Raises TypeError where `original` cannot be derived from.
     """
-    if kind is not None and issubclass(kind, original) and not is_root:
+    body: dict[str, Any] = {}
+    bases: tuple[type, ...]
+    if is_root:  # above a rewritten forward, which would hide its own
+        inner = class_of(original, kind, False)
+        bases = (ImageRoot, inner) if issubclass(inner, Fused) else (ImageRoot, Fused, inner)
+    elif kind is None:
+        bases, body = (Fused, Chained, original), rewrite.methods_of(original)
+    elif issubclass(kind, original):
         return kind
-    bases = [base for base, wanted in ((ImageRoot, is_root), (Fused, True), (kind or Chained, True)) if wanted]
-    bases += [] if kind is not None and issubclass(kind, original) else [original]
-    body: dict[str, Any] = {} if kind is not None else rewrite.methods_of(original)
+    else:
+        bases = (Fused, kind, original)
     body |= {"_original": original, "_kind": kind, "_is_root": is_root}
     body |= {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return types.new_class(original.__name__, tuple(bases), {}, lambda namespace: namespace.update(body))
+    return types.new_class(original.__name__, bases, {}, lambda namespace: namespace.update(body))
 
 
 def become(module: nn.Module, kind: type[nn.Module] | None = None, is_root: bool = False, **attributes: Any) -> None:
