@@ -25,7 +25,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--bench-peers", default="torch.nn,torch naive,torch sdpa,onnxruntime,openvino", help="comma-separated baselines; all for every one"
     )
-    group.addoption("--bench-models", default="", help="comma-separated networks for bench_models.py; none: all of pyops.models")
+    group.addoption("--bench-models", default="", help="comma-separated networks for bench_models.py and bench_fuse.py")
     group.addoption("--bench-threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import redirect_stdout
+from difflib import get_close_matches
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -20,18 +21,20 @@ def bench(
     quick: Annotated[bool, typer.Option(help="Five rounds a benchmark: minutes, and rough numbers.")] = False,
     op: Annotated[str | None, typer.Option(help="Only this op.")] = None,
     models: Annotated[str | None, typer.Option(help="Whole networks instead, by name: resnet18,lenet; or all.")] = None,
+    fuse: Annotated[str | None, typer.Option(help="Networks of torchvision after pyops.fuse instead: resnet18,vgg16; or all.")] = None,
     out_path: Annotated[Path, typer.Option("--out", help="The JSON file to write.")] = Path("pyops-bench.json"),
 ) -> None:
-    """Times every op, or networks of pyops.models, against baselines (bench/ of the source checkout), prints the summary and keeps the JSON
-    for `pyops report`."""
+    """Times every op, or networks of pyops.models, or torchvision's after `pyops.fuse`, against baselines (bench/ of the source checkout),
+    prints the summary and keeps the JSON for `pyops report`."""
     folder = bench_folder()
-    if op is not None and models is not None:
-        fail("--op, --models: expected one of them")
+    if sum(choice is not None for choice in (op, models, fuse)) > 1:
+        fail("--op, --models, --fuse: expected one of them")
     if op is not None:
         from pyops.testing import SPECS
 
         one_of(op, tuple(SPECS), "--op")
-    names = [] if models is None else networks(models)
+    zoo = [] if models is None else networks(models)
+    fused = [] if fuse is None else torchvision_networks(fuse)
     absent = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
     if absent:
         fail("pyops bench runs on pytest-benchmark, which is not installed: pip install pytest pytest-benchmark")
@@ -46,8 +49,11 @@ def bench(
     options = [f"--rootdir={folder.parent}", f"--benchmark-json={target}", "--capture=sys"]
     options += ["--bench-rounds=5"] if quick else []
     options += ["-k", f"{op}-"] if op else []
-    suites = folder / "bench_models.py"
-    options += [f"--bench-models={','.join(names)}", str(suites)] if names else [f"--ignore={suites}", str(folder)]
+    whole = {"models": folder / "bench_models.py", "fuse": folder / "bench_fuse.py"}
+    if models is None and fuse is None:
+        options += [*(f"--ignore={suite}" for suite in whole.values()), str(folder)]
+    else:
+        options += [f"--bench-models={','.join(zoo or fused)}", str(whole["fuse" if models is None else "models"])]
     with Counter(console) as counter, redirect_stdout(StringIO()) as log:
         code = pytest.main(options, plugins=[counter])
     if code != 0 or not target.exists():
@@ -66,6 +72,21 @@ def networks(names: str) -> list[str]:
         return [models.entry(name).name for name in wanted]
     except ValueError as error:
         fail(f"--models: {str(error).removeprefix('models: name: ')}")
+
+
+def torchvision_networks(names: str) -> list[str]:
+    """Of a list with commas, each one of torchvision's for classification; none for "all": the benchmark's own choice."""
+    if find_spec("torchvision") is None:
+        fail("--fuse: the networks are torchvision's, which is not installed: pip install torchvision")
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    wanted = [] if names == "all" else [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name not in known:
+            near = get_close_matches(name, known)
+            fail(f"--fuse: torchvision has no network {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    return wanted
 
 
 def bench_folder() -> Path:

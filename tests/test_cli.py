@@ -250,6 +250,12 @@ def test_models(benchmark, request):
     benchmark.extra_info.update(op=request.config.getoption("--bench-models"), peak_bytes={"ours": 2**20, "torch.nn": 2**21})
     benchmark.extra_info.update(baselines={"torch.nn": {"median": 1.0, "ratio": 4.0}})
 """
+BENCH_FUSE = """
+def test_fused(benchmark, request):
+    benchmark.pedantic(lambda: 1, rounds=1)
+    benchmark.extra_info.update(op=request.config.getoption("--bench-models") or "own choice", first_call={"ours": 0.5})
+    benchmark.extra_info.update(baselines={"torch.nn": {"median": 1.0, "ratio": 3.0}, "torch.nn NCHW": {"median": 2.0, "ratio": 6.0}})
+"""
 
 
 @pytest.fixture
@@ -261,6 +267,7 @@ def checkout(tmp_path, monkeypatch):
     (folder / "conftest.py").write_text(BENCH)
     (folder / "bench_ops.py").write_text(BENCH_OPS.replace("FAILING or ", ""))
     (folder / "bench_models.py").write_text(BENCH_MODELS)
+    (folder / "bench_fuse.py").write_text(BENCH_FUSE)
     settings = "[pytest]\npython_files = bench_*.py\naddopts = --import-mode=importlib -p no:cacheprovider\n"
     (folder.parent / "pytest.ini").write_text(settings)
     monkeypatch.setattr(pyops, "__file__", str(tmp_path / "elsewhere" / "pyops" / "__init__.py"))
@@ -291,7 +298,18 @@ def test_bench_of_models(checkout):
     assert "lenet,lenet5" in text and "4.00x" in text and "fused" not in text
     invoke("report", "models.json", "--out", "page")
     assert "2.00x" in (checkout.parent / "page" / "report.html").read_text()  # the twin's memory over ours
-    assert "4.00x" not in run_bench("--out", "ops.json")
+    text = run_bench("--out", "ops.json")
+    assert "4.00x" not in text and "3.00x" not in text
+
+
+def test_bench_of_fused_networks(checkout):
+    pytest.importorskip("torchvision")
+    run_bench("--fuse", "resnet18, vgg16", "--out", "fuse.json")
+    (found,) = json.loads((checkout.parent / "fuse.json").read_text())["benchmarks"]
+    assert found["extra_info"]["op"] == "resnet18,vgg16"
+    invoke("report", "fuse.json", "--out", "page")
+    assert "| geometric mean |  |  | 3.00x |  |" in (checkout.parent / "page" / "report.md").read_text()
+    assert "own" in run_bench("--fuse", "all", "--out", "all.json")
 
 
 def test_bench_that_fails(checkout):
@@ -303,7 +321,9 @@ def test_bench_that_fails(checkout):
 def test_bench_mistakes(checkout):
     assert "--op: expected one of" in invoke("bench", "--op", "softmax", code=2)
     assert "--models: there is no network 'lenet6'; did you mean lenet" in invoke("bench", "--models", "lenet,lenet6", code=2)
-    assert "--op, --models: expected one of them" in invoke("bench", "--models", "lenet", "--op", "fused_gru", code=2)
+    for others in (("--op", "fused_gru"), ("--fuse", "resnet18")):
+        assert "--op, --models, --fuse: expected one of them" in invoke("bench", "--models", "lenet", *others, code=2)
+    assert "--fuse: torchvision has no network 'resnet81'; did you mean resnet18" in invoke("bench", "--fuse", "resnet81", code=2)
     (checkout / "bench_ops.py").unlink()
     assert "source checkout" in invoke("bench", code=2)
 

@@ -136,6 +136,38 @@ def test_memory(tmp_path):
     assert "torch.nn: 4.5 MiB" in (tmp_path / "report.html").read_text()
 
 
+def test_fused_networks(tmp_path):
+    """Against eager in the better of its layouts, with the seconds to a first result; whether or not its median was kept twice."""
+
+    def change(data):
+        baselines = {
+            "torch.nn": {"median": 0.03, "ratio": 3.0}, "torch.nn NCHW": {"median": 0.02, "ratio": 2.0},
+            "openvino": {"median": 0.015, "ratio": 1.5},
+        }  # fmt: skip
+        first = {"ours": 0.25, "torch.nn": 0.1, "openvino": 4.0}
+        extra = {"sample": "batch 1", "pass": "forward", "dtype": "float32", "median": 0.01, "baselines": baselines, "first_call": first}
+        other = baselines | {"torch.nn NCHW": {"median": 0.08, "ratio": 8.0}, "torch.compile": {"median": 0.02, "ratio": 2.0}}
+        memory = {"ours": 2**20, "torch.nn": 2**22, "torch.nn NCHW": 2**24}
+        data["benchmarks"] = [
+            {"name": "a", "extra_info": extra | {"op": "vgg16"}},
+            {"name": "b", "extra_info": extra | {"op": "swin_t", "baselines": other, "peak_bytes": memory}, "stats": {"median": 0.01}},
+        ]
+
+    paths = report.write([write(tmp_path, change)], tmp_path)
+    text = paths[0].read_text()
+    Checker(paths[1].read_text())
+    table = text.split("### Fused networks: forward, batch 1, float32\n\n")[1].split("\n\n")[0].splitlines()
+    assert table[0] == (
+        "| network | eager ms | fused ms | over eager | over openvino | over torch.compile | memory, of eager's "
+        "| first call, s: fused / openvino |"
+    )
+    assert table[2:] == [
+        "| vgg16 | 20 | 10 | 2.00x | 1.50x | - | - | 0.25 / 4 |",
+        "| swin_t | 30 | 10 | 3.00x | 1.50x | 2.00x | 0.25 | 0.25 / 4 |",
+        "| geometric mean |  |  | 2.45x | 1.50x | 2.00x | 0.25 |  |",
+    ]
+
+
 def no_extra(data):
     for benchmark in data["benchmarks"]:
         benchmark["extra_info"] = {}

@@ -42,7 +42,8 @@ def markdown(runs: Sequence[Run]) -> str:
             parts.append("No benchmarks in this file.")
             continue
         summary = tables.summary(run)
-        parts += [f"### {summary.title}", summary.markdown()]
+        for table in (summary, *tables.fused(run)):
+            parts += [f"### {table.title}", table.markdown()]
         for (op, direction), entries in groups(run.entries, "op", "direction").items():
             parts += [f"### {' '.join(filter(None, (op, direction)))}", tables.results(entries).markdown()]
         parts += not_run(run)
@@ -57,8 +58,8 @@ def html(runs: Sequence[Run]) -> str:
         if not run.entries:
             body.append(page.paragraph("No benchmarks in this file."))
             continue
-        summary = tables.summary(run)
-        body += [page.heading(summary.title, 3), page.table(summary)]
+        for table in (tables.summary(run), *tables.fused(run)):
+            body += [page.heading(table.title, 3), page.table(table)]
         roofs = figures.rooflines(run)
         body += [page.grid(roofs)] if roofs else []
         for (op,), of_op in groups(run.entries, "op").items():

@@ -38,6 +38,7 @@ class Entry:
     percent_flops: float | None
     percent_bandwidth: float | None
     peak_bytes: dict[str, float] = field(default_factory=dict)  # "ours" and baselines: the most memory that a call holds
+    first_call: dict[str, float] = field(default_factory=dict)  # of fused networks, "ours" and baselines: seconds to a first result
     baselines: dict[str, Baseline] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -84,14 +85,14 @@ def _entry(benchmark: dict[str, Any]) -> Entry:
         value = number(stats.get(name))
         return None if value is None else value / calls
 
-    rounds = number(stats.get("rounds"))
+    rounds, median = number(stats.get("rounds")), seconds("median")
     return Entry(
         op=extra.get("op") or benchmark["name"],
         sample=extra.get("sample") or "",
         direction=extra.get("pass") or "",
         dtype=extra.get("dtype") or "",
         backend=extra.get("backend") or "",
-        median=seconds("median"),
+        median=number(extra.get("median")) if median is None else median,  # results that are kept have not all of the statistics
         low=seconds("min"),
         high=seconds("max"),
         rounds=None if rounds is None else int(rounds),
@@ -101,13 +102,18 @@ def _entry(benchmark: dict[str, Any]) -> Entry:
         gflops=number(extra.get("gflops")),
         percent_flops=number(extra.get("percent_of_peak_flops")),
         percent_bandwidth=number(extra.get("percent_of_peak_bandwidth")),
-        peak_bytes={name: size for name, found in (extra.get("peak_bytes") or {}).items() if (size := number(found)) is not None},
+        peak_bytes=_numbers(extra.get("peak_bytes")),
+        first_call=_numbers(extra.get("first_call")),
         baselines={
             name: Baseline(number(found.get("median")), number(found.get("ratio")))
             for name, found in (extra.get("baselines") or {}).items()
         },
         skipped=dict(extra.get("skipped") or {}),
     )
+
+
+def _numbers(values: dict[str, Any] | None) -> dict[str, float]:
+    return {name: value for name, found in (values or {}).items() if (value := number(found)) is not None}
 
 
 def number(value: Any) -> float | None:

@@ -151,6 +151,52 @@ def _of_peak(entry: Entry) -> str:
     return "{:.0f} % {}".format(*max(shares)) if shares else MISSING
 
 
+def fused(run: Run) -> list[Table]:
+    """Of networks after `pyops.fuse` (bench_fuse.py): one for each pass, sample and dtype, with geometric means."""
+    entries = [entry for entry in run.entries if entry.first_call]
+    return [_fused(f"Fused networks: {', '.join(key)}", found) for key, found in groups(entries, "direction", "sample", "dtype").items()]
+
+
+def _fused(title: str, entries: list[Entry]) -> Table:
+    others = [name for name in dict.fromkeys(name for entry in entries for name in entry.baselines) if not _is_eager(name)]
+    starts = ["ours", *(name for name in others if any(name in entry.first_call for entry in entries))]
+    measured = any(entry.peak_bytes for entry in entries)
+    headers = ["network", "eager ms", "fused ms", "over eager", *(f"over {name}" for name in others)]
+    headers += [*(["memory, of eager's"] if measured else []), f"first call, s: {' / '.join(['fused', *starts[1:]])}"]
+    table, ratios, shares = Table(title, headers), [], []
+    for entry in entries:
+        layout = _eager(entry)
+        found = [entry.baselines.get(name) for name in (layout, *others)]
+        ratios.append([None if peer is None else peer.ratio for peer in found])
+        shares.append(_share_of_memory(entry, layout))
+        median = found[0].median if found[0] else None
+        row: list[Cell | str] = [entry.op, significant(None if median is None else median * 1e3), _time(entry), *map(ratio, ratios[-1])]
+        row += [_hundredths(shares[-1])] if measured else []
+        table.rows.append([*row, " / ".join(significant(entry.first_call.get(name), 2) for name in starts)])
+    means = [ratio(geometric_mean(column)) for column in zip(*ratios, strict=True)]
+    table.rows.append(["geometric mean", "", "", *means, *([_hundredths(geometric_mean(shares))] if measured else []), ""])
+    return table
+
+
+def _is_eager(name: str) -> bool:
+    return name.split()[0] == "torch.nn"
+
+
+def _eager(entry: Entry) -> str:
+    """The name of eager PyTorch in the better of its layouts; "" where it was not timed."""
+    ratios = {name: found.ratio for name, found in entry.baselines.items() if _is_eager(name) and found.ratio is not None}
+    return min(ratios, key=ratios.__getitem__) if ratios else ""
+
+
+def _share_of_memory(entry: Entry, baseline: str) -> float | None:
+    ours, theirs = entry.peak_bytes.get("ours"), entry.peak_bytes.get(baseline)
+    return ours / theirs if ours is not None and theirs else None
+
+
+def _hundredths(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2f}"
+
+
 def skipped(run: Run) -> dict[str, str]:
     """Baselines that did not run, with each one's first reason."""
     found: dict[str, str] = {}

@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +56,11 @@ def _eager(memory_format, compiled: bool = False):
     return factory
 
 
-def frozen(module: nn.Module, *inputs: Tensor) -> Callable:
-    """The module compiled with its parameters as constants. As an option of torch.compile freezing is ignored (2.14, 2.15), and code that
-    was compiled without it would be found again."""
+def frozen(module: nn.Module, *inputs: Tensor, **options: Any) -> Callable:
+    """The module compiled with its parameters as constants; options are torch.compile's. As one of them freezing is ignored (2.14, 2.15),
+    and code that was compiled without it would be found again."""
     torch._dynamo.reset()
-    call = torch.compile(module)
+    call = torch.compile(module, **options)
     with torch.no_grad(), torch._inductor.config.patch(freezing=True):
         call(*inputs)
     return call
@@ -75,9 +76,15 @@ def onnx_bytes(module: nn.Module, *inputs: Tensor) -> bytes:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the exporter that needs no further package
         warnings.filterwarnings("ignore", "Constant folding", UserWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of sizes taken as constants, which they are here
         path = Path(folder) / "model.onnx"
         values = tuple(t.detach().contiguous() for t in inputs)
-        torch.onnx.export(module, values, path, input_names=_names(inputs), output_names=["y"], dynamo=False)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # the exporter does not know its op
+        try:
+            torch.onnx.export(module, values, path, input_names=_names(inputs), output_names=["y"], dynamo=False)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
         return path.read_bytes()
 
 
