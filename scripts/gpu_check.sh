@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Proves the kernels on the GPU at hand and measures them, with the PyTorch that is installed and without a network.
-#   scripts/gpu_check.sh [--out DIR] [--quick] [--stages A,B] [--dry-run]
+#   scripts/gpu_check.sh [--out DIR] [--quick] [--stages A,B] [--networks A,B] [--dry-run]
 # Needs nvcc and, for this Python (PYTHON, default python3): torch, setuptools, ninja, pybind11, typer, rich, pytest, pytest-timeout,
-# pytest-benchmark, numpy. Installs pyops into it from this checkout (editable, for this GPU alone). Exit status: 0 all stages
-# passed, 1 one failed or ran out of time, 2 wrong usage, 3 no GPU.
+# pytest-benchmark, numpy, and torchvision for the stages fuse and autotune, whose networks --networks names. Installs pyops into it
+# from this checkout (editable, for this GPU alone). Exit status: 0 all stages passed, 1 one failed or ran out of time, 2 wrong
+# usage, 3 no GPU.
 set -uo pipefail
 
-STAGES=(build tests ops memcheck racecheck microbench bench compile report)
+STAGES=(build tests ops memcheck racecheck microbench bench compile fuse autotune report)
 declare -A WHAT=(
   [build]="compile the extension for this GPU and install it"
   [tests]="tests/gpu: every path of every kernel, CUDA graphs, streams, second GPU, compile"
@@ -16,16 +17,20 @@ declare -A WHAT=(
   [microbench]="ceilings of this GPU: bandwidth, matmul, launches, barriers, exchanges"
   [bench]="every op against the baselines that are installed"
   [compile]="every op against torch.compile"
+  [fuse]="networks of torchvision after pyops.fuse, bfloat16, channels_last, against eager PyTorch"
+  [autotune]="the same against torch.compile(max-autotune), minutes a network: name a few with --networks"
   [report]="report page, results.json and summary.md"
 )
 # Seconds a stage may take. --quick keeps to three minutes in all, whatever a stage would like.
-declare -A LIMIT=([build]=590 [tests]=590 [ops]=590 [memcheck]=590 [racecheck]=590 [microbench]=240 [bench]=590 [compile]=590 [report]=120)
-declare -A QUICK=([build]=90 [tests]=30 [ops]=20 [memcheck]=25 [racecheck]=25 [microbench]=30 [bench]=40 [compile]=0 [report]=15)
+declare -A LIMIT=([build]=590 [tests]=590 [ops]=590 [memcheck]=590 [racecheck]=590 [microbench]=240 [bench]=590 [compile]=590
+  [fuse]=590 [autotune]=590 [report]=120)
+declare -A QUICK=([build]=90 [tests]=30 [ops]=20 [memcheck]=25 [racecheck]=25 [microbench]=30 [bench]=40 [compile]=0 [fuse]=0
+  [autotune]=0 [report]=15)
 QUICK_SECONDS=160 # leaves time to end the last stage and to write the summary
 REPORT_SECONDS=12 # kept back for the report in a quick run
 
 usage() {
-  sed -n '2,7s/^# \{0,1\}//p' "$0"
+  sed -n '2,8s/^# \{0,1\}//p' "$0"
   echo "stages:"
   for stage in "${STAGES[@]}"; do printf '  %-11s at most %3d s, quick %3d s: %s\n' "$stage" "${LIMIT[$stage]}" "${QUICK[$stage]}" "${WHAT[$stage]}"; done
 }
@@ -37,12 +42,13 @@ die() {
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
-OUT="" QUICK_RUN=0 DRY_RUN=0 WANTED=("${STAGES[@]}")
+OUT="" NETWORKS="" QUICK_RUN=0 DRY_RUN=0 WANTED=("${STAGES[@]}")
 while (($#)); do
   case $1 in
     --out) OUT=${2:?--out needs a folder} && shift 2 ;;
     --quick) QUICK_RUN=1 && shift ;;
     --stages) IFS=, read -r -a WANTED <<<"${2:?--stages needs a list}" && shift 2 ;;
+    --networks) NETWORKS=${2:?--networks needs a list} && shift 2 ;;
     --dry-run) DRY_RUN=1 && shift ;;
     -h | --help) usage && exit 0 ;;
     *) die 2 "unknown option $1; see --help" ;;
@@ -117,21 +123,31 @@ stage_microbench() {
   "$OUT/gpu_microbench" "${quick[@]}" | tee "$OUT/microbench.jsonl" && "$PYTHON" "$HELPER" ceilings | tee -a "$OUT/microbench.jsonl"
 }
 
-# One op after another, each with its share of the stage's time and a file of its own: what is done stays.
-run_benches() { # suffix of the files, baselines, more options of bench/
-  local suffix=$1 peers=$2 ops op left share failed=0 end=$((SECONDS + STAGE_LIMIT - 15))
-  shift 2
-  read -r -a ops <<<"$("$PYTHON" "$HELPER" ops)"
-  ((${#ops[@]})) || return 1
-  local remaining=${#ops[@]}
-  for op in "${ops[@]}"; do
+# One name after another, each with its share of the stage's time and a file of its own: what is done stays.
+run_benches() { # suffix of the files, baselines, names, pytest's arguments with NAME in a name's place
+  local suffix=$1 peers=$2 names name left share failed=0 end=$((SECONDS + STAGE_LIMIT - 15))
+  read -r -a names <<<"$3"
+  shift 3
+  ((${#names[@]})) || return 1
+  local remaining=${#names[@]}
+  for name in "${names[@]}"; do
     left=$((end - SECONDS)) share=$(((end - SECONDS) / remaining)) remaining=$((remaining - 1))
-    ((left > 5)) || { echo "$op: not run, no time left" && failed=1 && continue; }
+    ((left > 5)) || { echo "$name: not run, no time left" && failed=1 && continue; }
     # an interrupted pytest still writes what it has
-    timeout --foreground --signal=INT --kill-after=10 "$share" "$PYTHON" -m pytest -q bench -k "[$op-" --bench-peers "$peers" \
-      --benchmark-json "$OUT/bench/$op$suffix.json" "$@" || { echo "$op: exit status $?" && failed=1; }
+    timeout --foreground --signal=INT --kill-after=10 "$share" "$PYTHON" -m pytest -q "${@//NAME/$name}" --bench-peers "$peers" \
+      --benchmark-json "$OUT/bench/$name$suffix.json" || { echo "$name: exit status $?" && failed=1; }
   done
   return $failed
+}
+bench_ops() { # suffix, baselines, more options
+  local names
+  names=$("$PYTHON" "$HELPER" ops) || return
+  run_benches "$1" "$2" "$names" bench -k "[NAME-" "${@:3}"
+}
+bench_networks() { # suffix, baselines, more options
+  local names=${NETWORKS//,/ }
+  [[ $names ]] || names=$("$PYTHON" -c 'from bench.bench_fuse import NETWORKS; print(*NETWORKS)') || return
+  run_benches "$1" "$2" "$names" bench/bench_fuse.py --bench-models NAME -k bfloat16 "${@:3}"
 }
 
 stage_bench() {
@@ -140,9 +156,11 @@ stage_bench() {
   if ((QUICK_RUN)); then # all in one process: starting one takes seconds
     timeout --foreground --signal=INT --kill-after=3 $((STAGE_LIMIT - 4)) "$PYTHON" -m pytest -q bench -k "forward and bfloat16" \
       --bench-peers "$peers" --benchmark-json "$OUT/bench/quick.json" --bench-rounds 3
-  else run_benches "" "$peers" --bench-seconds 2; fi
+  else bench_ops "" "$peers" --bench-seconds 2; fi
 }
-stage_compile() { run_benches .compile "torch.compile,torch.compile sdpa" --bench-seconds 1; }
+stage_compile() { bench_ops .compile "torch.compile,torch.compile sdpa" --bench-seconds 1; }
+stage_fuse() { bench_networks .fuse torch.nn --bench-seconds 2; }
+stage_autotune() { bench_networks .autotune "torch.compile max-autotune" --bench-seconds 1; }
 
 stage_report() {
   local files=() file
@@ -154,8 +172,8 @@ stage_report() {
 # ------------------------------------------------------------------------------------------------------- running and recording
 
 export -f stage_build stage_tests stage_ops stage_sanitizer stage_memcheck stage_racecheck stage_microbench stage_bench stage_compile \
-  stage_report build_memory_check run_benches
-export ROOT PYTHON OUT QUICK_RUN HELPER ARCH TORCH_ARCH NVCC
+  stage_fuse stage_autotune stage_report build_memory_check run_benches bench_ops bench_networks
+export ROOT PYTHON OUT NETWORKS QUICK_RUN HELPER ARCH TORCH_ARCH NVCC
 
 printf 'stage\tstatus\tseconds\tlimit\n' >"$OUT/stages.tsv"
 failures=0

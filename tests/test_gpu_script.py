@@ -13,7 +13,7 @@ from .host_execution.harness import nvcc
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts/gpu_check.sh"
-STAGES = ["build", "tests", "ops", "memcheck", "racecheck", "microbench", "bench", "compile", "report"]
+STAGES = ["build", "tests", "ops", "memcheck", "racecheck", "microbench", "bench", "compile", "fuse", "autotune", "report"]
 
 # A stand-in for python3: claims a GPU, builds at once, fails a test, writes one benchmark file and hangs in another; the script's own
 # helper and the report are the real ones.
@@ -79,6 +79,20 @@ def test_a_failing_stage_loses_nothing_of_the_others(tmp_path):
     assert results["benches"]["quick"][0]["op"] == first["op"]
     text = (out / "summary.md").read_text()
     assert "| tests | failed |" in text and "Pretend (compute capability 9.0); torch 2.11" in text and "vs torch.nn" in text
+
+
+def test_each_network_has_a_file_of_its_own(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(PRETEND)
+    python.chmod(0o755)
+    benchmarks = min((ROOT / "bench/results").glob("cpu-*.json"))
+    out, environment = tmp_path / "out", {"PYTHON": str(python), "REAL": sys.executable, "RESULTS": str(benchmarks)}
+    done = run("--out", out, "--stages", "fuse,autotune", "--networks", "resnet18,vgg16", **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = {path.name for path in (out / "bench").iterdir()}
+    assert names == {f"{network}.{stage}.json" for network in ("resnet18", "vgg16") for stage in ("fuse", "autotune")}
+    names = subprocess.run([sys.executable, "-c", "from bench.bench_fuse import NETWORKS; print(*NETWORKS)"], capture_output=True, cwd=ROOT)
+    assert len(names.stdout.split()) == 8, names.stderr
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
