@@ -96,7 +96,7 @@ def bench_model(name, batch, race, benchmark, request):
 
 def training_step(model: nn.Module, inputs: tuple[Tensor, ...], call: Any = None):
     """Forward and backward; gradients are dropped at the end. call: the network compiled."""
-    call = call or model
+    call = model if call is None else call  # not `or`: a compiled network asks itself for its length
 
     def step():
         outputs = [y for y in tensors(call(*inputs)) if y.requires_grad]
