@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from pyops._fusion import classes, rewrite, rules, torch_layers
+from pyops._fusion import classes, rewrite, rules, torch_layers, torchvision_blocks  # noqa: F401  (registers rules)
 from pyops._fusion.rules import Change
 from pyops._trace import evaluating
 
@@ -89,15 +89,14 @@ def _decide(module: nn.Module) -> Change | str | None:
     if parametrize.is_parametrized(module):
         return "parametrised"
     known = rules.find(cls)
-    if isinstance(known, str):
-        return known
-    if known is not None:
-        return known(module)
+    decision = known(module) if callable(known) else known
+    if isinstance(decision, Change):
+        return decision
     if isinstance(module, nn.Sequential) and cls.forward is nn.Sequential.forward:
         return torch_layers.sequential(module)
     if not cls.__module__.startswith(("torch.", "pyops.")) and rewrite.methods_of(cls):
         return Change(None, whole=False)
-    return None
+    return decision
 
 
 def _run(model: nn.Module, inputs: Any) -> list[Tensor]:

@@ -78,7 +78,7 @@ class ConvNeXtBlock(Keeps, nn.Module):
         plain = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode) == ((7, 7), (1, 1), (3, 3), (1, 1), "zeros")
         depthwise = conv.groups == conv.in_channels == conv.out_channels
         biases = all(layer.bias is not None for layer in (conv, widen, narrow))
-        order = (parts[1].dims, parts[6].dims) == ((0, 2, 3, 1), (0, 3, 1, 2))
+        order = [tuple(parts[i].dims) for i in (1, 6)] == [(0, 2, 3, 1), (0, 3, 1, 2)]
         return plain and depthwise and biases and order and parts[4].approximate == "none"
 
     def _infer(self, input: Tensor) -> Tensor:

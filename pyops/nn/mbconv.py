@@ -214,7 +214,7 @@ class _View(MBConv):
         self.block = nn.Sequential(*wide, ConvChain([conv, norm], 2))
         self.stochastic_depth = DropPath()
         self.use_res_connect, self.expands = adds, len(wide) == 2
-        self.kinds = tuple(type(layer) for layer in self.block)
+        self.kinds = tuple(kind_of(layer) for layer in self.block)
         self.out_channels, self.backend = conv.out_channels, None
 
 
