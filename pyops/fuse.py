@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
+from pyops import nn as pyops_nn
 from pyops._fusion import classes, rewrite, rules, torch_layers, torchvision_blocks  # noqa: F401  (registers rules)
 from pyops._fusion.rules import Change
 from pyops._trace import evaluating
@@ -49,10 +50,14 @@ def fuse(model: Model, *, example_inputs: Any = None, verbose: bool = False) -> 
     _check(model, "fuse")
     expected = None if example_inputs is None else _run(model, example_inputs)
     changes = {module: (name, change) for name, module, change, _ in survey(model) if change is not None}
-    if changes and not classes.is_fused(model) and any(isinstance(part, nn.Conv2d) for part in model.modules()):
+    if changes and _lays_out(model):
         changes[model] = "", changes.get(model, ("", Change(None)))[1]._replace(is_root=True)
     for module, (name, change) in changes.items():
-        _apply(module, change)
+        try:
+            _apply(module, change)
+        except BaseException:  # half a fusion is none
+            unfuse(model)
+            raise
         if verbose:
             kind = "its calls run together" if change.kind is None else f"pyops.nn.{change.kind.__name__}"
             print(f"{name or 'the model'} ({type(module).__name__}): {kind}")
@@ -80,22 +85,39 @@ def survey(model: nn.Module) -> list[Found]:
     return found
 
 
-def _decide(module: nn.Module) -> Change | str | None:
-    cls = type(module)
+def _lays_out(model: nn.Module) -> bool:
+    """Whether the model is one of images that may be laid out anew inside."""
+    if classes.is_fused(model) or _apart(model) is not None or classes.refused(type(model), is_root=True) is not None:
+        return False
+    parts = list(model.modules())
+    return any(isinstance(part, nn.Conv2d) for part in parts) and not any(rewrite.reads_memory(type(part)) for part in parts)
+
+
+def _apart(module: nn.Module) -> str | None:
+    """Why a module of whatever class is left alone."""
     if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
         return "scripted or traced"
     if "forward" in module.__dict__:
         return "its forward was set on the instance"
     if parametrize.is_parametrized(module):
         return "parametrised"
+    taken = classes.taken(module)
+    return None if taken is None else f"it has a {taken} of its own, a name that fused modules use"
+
+
+def _decide(module: nn.Module) -> Change | str | None:
+    cls = type(module)
+    apart = _apart(module)
+    if apart is not None:
+        return apart
     known = rules.find(cls)
     decision = known(module) if callable(known) else known
     if isinstance(decision, Change):
         return decision
     if isinstance(module, nn.Sequential) and cls.forward is nn.Sequential.forward:
-        return torch_layers.sequential(module)
+        return classes.refused(cls, pyops_nn.Sequential) or torch_layers.sequential(module)
     if not cls.__module__.startswith(("torch.", "pyops.")) and rewrite.methods_of(cls):
-        return Change(None, whole=False)
+        return classes.refused(cls) or Change(None, whole=False)
     return decision
 
 

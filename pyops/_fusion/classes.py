@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import types
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from pyops._fusion import rewrite
-from pyops._fusion.layout import ImageRoot
-from pyops.nn.chain import Chained
+from pyops._fusion.layout import ImageRoot, rooted
+from pyops.nn.chain import Chains
 
 KEPT = "_fused_attributes"  # in a fused module's __dict__: the names of what was added to it
 
@@ -22,10 +23,43 @@ class Fused:
     _kind: type[nn.Module] | None  # the class of pyops.nn that it behaves as; None: its own methods, rewritten
     _is_root: bool
 
+    def __init_subclass__(cls, **kwargs):
+        """Nothing: the classes made here are no subclasses that the module's author means to hear of."""
+
     def __reduce_ex__(self, protocol):
         """The class is made again where a copy is loaded: it has no name to be found by."""
+        own = self._original
+        if own.__reduce_ex__ is not object.__reduce_ex__ or own.__reduce__ is not object.__reduce__:
+            return super().__reduce_ex__(protocol)
         _, _, *rest = object.__reduce_ex__(self, max(int(protocol), 2))
-        return (_restore, (self._original, self._kind, self._is_root), *rest)
+        if rest and isinstance(rest[0], dict):
+            rest[0] = {name: value for name, value in rest[0].items() if name != "_kept"}
+        return (_restore, (own, self._kind, self._is_root), *rest)
+
+    def __prepare_scriptable__(self):
+        """What torch.jit.script reads: the module as it was, of the same tensors."""
+        return _unfused(self)  # type: ignore[arg-type]
+
+
+class Rewritten:
+    """Of modules whose own methods run layers of theirs as one (`runs`)."""
+
+    @cached_property
+    def _kept(self) -> Chains:
+        return Chains()
+
+    def train(self, *args, **kwargs):
+        self._kept.clear()
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _apply(self, *args, **kwargs):
+        self._kept.clear()
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+
+
+TAKEN = frozenset(  # names that a module to be fused has no use of its own for
+    name for base in (Fused, Rewritten, ImageRoot) for name in vars(base) if not name.startswith("__") and not hasattr(nn.Module, name)
+) | {KEPT, "_lays_out"}
 
 
 def _restore(original: type[nn.Module], kind: type[nn.Module] | None, is_root: bool) -> nn.Module:
@@ -37,19 +71,22 @@ def _restore(original: type[nn.Module], kind: type[nn.Module] | None, is_root: b
 def class_of(original: type[nn.Module], kind: type[nn.Module] | None, is_root: bool) -> type[nn.Module]:
     """The class of a fused module: `original` with the methods of `kind`, or with its own rewritten ones; is_root: it lays out images.
 
-    Raises TypeError where `original` cannot be derived from.
+    Raises TypeError, or what the metaclass of `original` raises, where it cannot be derived from.
     """
+    derives = kind is not None and issubclass(kind, original)
     body: dict[str, Any] = {}
     bases: tuple[type, ...]
-    if is_root:  # above a rewritten forward, which would hide its own
+    if is_root:
         inner = class_of(original, kind, False)
         bases = (ImageRoot, inner) if issubclass(inner, Fused) else (ImageRoot, Fused, inner)
-    elif kind is None:
-        bases, body = (Fused, Chained, original), rewrite.methods_of(original)
-    elif issubclass(kind, original):
-        return kind
+        body["forward"] = rooted(inner.forward)
+    elif kind is not None:
+        if derives:
+            return kind
+        bases = Fused, kind, original
     else:
-        bases = (Fused, kind, original)
+        bases = Fused, Rewritten, original
+        body |= rewrite.methods_of(original)
     body |= {"_original": original, "_kind": kind, "_is_root": is_root}
     body |= {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     return types.new_class(original.__name__, bases, {}, lambda namespace: namespace.update(body))
@@ -67,8 +104,29 @@ def become(module: nn.Module, kind: type[nn.Module] | None = None, is_root: bool
     module.__dict__[KEPT] = module.__dict__.get(KEPT, ()) + added
 
 
+def taken(module: nn.Module) -> str | None:
+    """A name of a torch.nn or user's module that fused ones use otherwise."""
+    cls = type(module)
+    if cls.__module__.startswith("pyops."):
+        return None
+    own = (module.__dict__, module._parameters, module._buffers, module._modules)
+    return next((name for name in sorted(TAKEN) if hasattr(cls, name) or any(name in found for found in own)), None)
+
+
+@cache
+def refused(cls: type[nn.Module], kind: type[nn.Module] | None = None, is_root: bool = False) -> str | None:
+    """Why no class can be derived from `cls` whose modules behave as its own do; None where one can."""
+    if rewrite.asks_for_class(cls):
+        return "its methods look for the class behind its own"
+    try:
+        class_of(cls, kind, is_root)
+    except Exception as error:  # whatever its metaclass raises
+        return f"its class cannot be derived from: {error}"
+    return None
+
+
 def is_fused(module: nn.Module) -> bool:
-    return KEPT in module.__dict__
+    return KEPT in module.__dict__ or isinstance(module, Fused)  # the second alone: one that made itself anew, as a slice of a Sequential
 
 
 def original_of(module: nn.Module) -> type[nn.Module]:
@@ -82,5 +140,17 @@ def original_of(module: nn.Module) -> type[nn.Module]:
 def restore(module: nn.Module) -> None:
     """Undoes `become`."""
     module.__class__ = original_of(module)
-    for name in (*module.__dict__.pop(KEPT), "_kept", "_image_layout"):
+    for name in (*module.__dict__.pop(KEPT, ()), "_kept", "_lays_out"):
         module.__dict__.pop(name, None)
+
+
+def _unfused(module: nn.Module) -> nn.Module:
+    """A module of other objects and the same tensors, nothing in which is fused."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return module
+    twin = type(module).__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    if is_fused(module):
+        restore(twin)
+    twin._modules = {name: None if child is None else _unfused(child) for name, child in module._modules.items()}
+    return twin

@@ -20,10 +20,12 @@ read the same way. A method without source, with a decorator or another peculiar
 from __future__ import annotations
 
 import ast
+import dis
 import inspect
 import textwrap
 import types
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -33,7 +35,7 @@ from torch import nn
 
 from pyops._fusion import runs
 
-RUNTIME = {"__pyops_run": runs.run, "__pyops_begin": runs.begin, "__pyops_finish": runs.finish}
+RUNTIME = {f"__pyops_{name}__": getattr(runs, name) for name in ("run", "begin", "finish", "view")}
 
 ACTIVATIONS: dict[Any, type[nn.Module]] = {
     F.relu: nn.ReLU, torch.relu: nn.ReLU, F.relu6: nn.ReLU6, F.silu: nn.SiLU, F.hardswish: nn.Hardswish, F.gelu: nn.GELU,
@@ -41,7 +43,43 @@ ACTIVATIONS: dict[Any, type[nn.Module]] = {
     F.leaky_relu: nn.LeakyReLU,
 }  # fmt: skip
 POOLS: dict[Any, type[nn.Module]] = {F.max_pool2d: nn.MaxPool2d, F.avg_pool2d: nn.AvgPool2d}
-PECULIAR = (ast.Try, ast.Global, ast.Nonlocal, ast.Delete, ast.Match, ast.Await, ast.Yield, ast.YieldFrom, ast.ClassDef)
+PECULIAR = (
+    ast.Try, ast.Global, ast.Nonlocal, ast.Delete, ast.Match, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom, ast.ClassDef,
+)  # fmt: skip
+JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
+PLACES = frozenset(("as_strided", "as_strided_", "data_ptr", "storage", "untyped_storage", "storage_offset"))
+LOOKS_IN = frozenset(("locals", "vars", "eval", "exec", "dir"))  # functions that see a method's variables
+
+
+def _methods(cls: type) -> Iterator[types.FunctionType]:
+    """What a module of the class has from classes that are not torch's or pyops'."""
+    for base in cls.__mro__:
+        if not base.__module__.startswith(("torch.", "pyops.")):
+            yield from (method for method in vars(base).values() if isinstance(method, types.FunctionType))
+
+
+@cache
+def asks_for_class(cls: type) -> bool:
+    """Whether a method says ``super(type(self), self)``, which in a derived class means the method itself."""
+    return any(_asks_for_class(method) for method in _methods(cls) if method.__name__ != "__init__")
+
+
+def _asks_for_class(method: types.FunctionType) -> bool:
+    names = method.__code__.co_names
+    if "super" not in names or not {"type", "__class__"} & set(names):
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    except (OSError, SyntaxError):
+        return True  # who knows
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "super" and node.args]
+    return any(ast.unparse(call.args[0]) in ("type(self)", "self.__class__") for call in calls)
+
+
+@cache
+def reads_memory(cls: type) -> bool:
+    """Whether a method reads a tensor's elements by their places in memory, which another layout moves."""
+    return any(PLACES & set(method.__code__.co_names) for method in _methods(cls))
 
 
 @cache
@@ -54,11 +92,12 @@ def methods_of(cls: type[nn.Module]) -> dict[str, types.FunctionType]:
         for name, method in vars(base).items():
             if name not in found:
                 own = isinstance(method, types.FunctionType) and not name.startswith("__")
-                found[name] = _rewritten(method, cls) if own else None
+                found[name] = _rewritten(method, cls, base.__name__) if own else None
     return {name: method for name, method in found.items() if method is not None}
 
 
-def _rewritten(method: types.FunctionType, cls: type) -> types.FunctionType | None:
+def _rewritten(method: types.FunctionType, cls: type, owner: str) -> types.FunctionType | None:
+    """owner: the name of the class that the method stands in."""
     code = method.__code__
     if hasattr(method, "__wrapped__") or code.co_varnames[:1] != ("self",):
         return None
@@ -68,18 +107,42 @@ def _rewritten(method: types.FunctionType, cls: type) -> types.FunctionType | No
     except (OSError, TypeError, SyntaxError, IndentationError):
         return None
     function = tree.body[0]
-    if not isinstance(function, ast.FunctionDef) or function.decorator_list or function.name != code.co_name:
+    if not isinstance(function, ast.FunctionDef) or function.decorator_list or getattr(function, "type_params", ()):
         return None
-    if any(isinstance(node, PECULIAR) or (isinstance(node, ast.Name) and node.id in ("locals", "vars")) for node in ast.walk(function)):
+    if function.name != code.co_name or any(_is_peculiar(node) for node in ast.walk(function)):
         return None
-    rewriter = _Rewriter(function, cls, method.__globals__)
+    if not _same_code(_compiled(function, method, first, owner).__code__, code):
+        return None  # the file was changed, or the method was, since it was compiled
+    rewriter = _Rewriter(function, cls, method)
     function.body = rewriter.block(function.body)
-    if not rewriter.changed:
-        return None
-    return _compiled(function, method, first)
+    function = _Views(rewriter).visit(function)
+    return _compiled(function, method, first, owner) if rewriter.changed else None
 
 
-def _compiled(function: ast.FunctionDef, method: types.FunctionType, first: int) -> types.FunctionType:
+def _is_peculiar(node: ast.AST) -> bool:
+    if isinstance(node, ast.Name):
+        return node.id in LOOKS_IN or (node.id == "self" and not isinstance(node.ctx, ast.Load))
+    return isinstance(node, PECULIAR)
+
+
+def _same_code(found: types.CodeType, expected: types.CodeType) -> bool:
+    """Whether two functions' code does the same: how a name's attribute is called depends on whether its module imports the name."""
+
+    def facts(code: types.CodeType) -> Any:
+        steps = [
+            (step.opname.replace("METHOD", "ATTR"), None if step.opcode in JUMPS else facts_of(step.argval))
+            for step in dis.get_instructions(code)
+            if step.opname not in ("PUSH_NULL", "PRECALL", "EXTENDED_ARG")
+        ]
+        return steps, code.co_varnames, code.co_freevars, code.co_cellvars
+
+    def facts_of(value: Any) -> Any:
+        return facts(value) if isinstance(value, types.CodeType) else repr(value)
+
+    return facts(found) == facts(expected)
+
+
+def _compiled(function: ast.FunctionDef, method: types.FunctionType, first: int, owner: str) -> types.FunctionType:
     """A function of the method's globals, defaults and closure, which holds the functions of `runs` as well."""
     code = method.__code__
     cells = dict(zip(code.co_freevars, method.__closure__ or (), strict=True))
@@ -92,11 +155,16 @@ def _compiled(function: ast.FunctionDef, method: types.FunctionType, first: int)
     function.args.kw_defaults = [None if value is None else ast.Constant(None) for value in function.args.kw_defaults]
     outer = ast.parse("def outer():\n    pass").body[0]
     assert isinstance(outer, ast.FunctionDef)
-    outer.body = [*ast.parse("\n".join(f"{name} = None" for name in cells)).body, function]
+    place = ast.parse(f"class {owner}:\n    pass").body[0]  # names that begin with two underscores mean the class'
+    assert isinstance(place, ast.ClassDef)
+    place.body = [function]
+    outer.body = [*ast.parse("\n".join(f"{name} = None" for name in cells if name != "__class__")).body, place]
     module = ast.Module([outer], [])
     ast.increment_lineno(function, first - function.lineno)
     ast.fix_missing_locations(module)
-    body = _code(_code(compile(module, code.co_filename, "exec"), "outer"), code.co_name)
+    body: Any = compile(module, code.co_filename, "exec", dont_inherit=True)
+    for name in ("outer", owner, code.co_name):
+        body = _code(body, name)
     if hasattr(code, "co_qualname"):  # Python 3.11
         body = body.replace(co_qualname=code.co_qualname)
     closure = tuple(cells[name] for name in body.co_freevars)
@@ -110,6 +178,23 @@ def _code(code: types.CodeType, name: str) -> types.CodeType:
     return next(value for value in code.co_consts if isinstance(value, types.CodeType) and value.co_name == name)
 
 
+class _Views(ast.NodeTransformer):
+    """`x.view(n, -1)` and its like, which no image in channels_last has: `runs.view` lays it out first."""
+
+    def __init__(self, rewriter: _Rewriter):
+        self.rewriter = rewriter
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        self.generic_visit(node)
+        method = node.func
+        rest = [value for value in node.args if ast.unparse(value) == "-1"]
+        if not isinstance(method, ast.Attribute) or method.attr != "view" or len(node.args) != 2 or not rest or node.keywords:
+            return node
+        self.rewriter.changed = True
+        name = ast.Name("__pyops_view__", ast.Load())
+        return ast.fix_missing_locations(ast.copy_location(ast.Call(name, [method.value, *node.args], []), node))
+
+
 class _Run:
     """Layers called one after another on the value of an expression."""
 
@@ -120,11 +205,14 @@ class _Run:
 class _Rewriter:
     """Of one method of a class."""
 
-    def __init__(self, function: ast.FunctionDef, cls: type, names: dict[str, Any]):
-        self.cls, self.globals, self.changed = cls, names, False
-        nodes = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
-        self.loads = Counter(node.id for node in nodes if isinstance(node.ctx, ast.Load))
-        self.locals = {node.id for node in nodes if not isinstance(node.ctx, ast.Load)} | set(_arguments(function))
+    def __init__(self, function: ast.FunctionDef, cls: type, method: types.FunctionType):
+        self.cls, self.globals, self.changed = cls, method.__globals__, False
+        nodes = list(ast.walk(function))
+        reads = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+        reads += [node.target for node in nodes if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name)]
+        self.loads = Counter(node.id for node in reads)
+        code = method.__code__
+        self.locals = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
         inner = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
         scopes = [node for node in ast.walk(function) if isinstance(node, inner) and node is not function]
         self.captured = {node.id for scope in scopes for node in ast.walk(scope) if isinstance(node, ast.Name)}
@@ -189,7 +277,7 @@ class _Rewriter:
         begin = _call("begin", names, run.input, ast.Constant(not between and isinstance(tail[1], ast.Name)))
         if not between:
             return count, [_located(_stored(last, target, _call("finish", names, begin, tail[1])), statements[0])]
-        held = ast.Name("__pyops_held", ast.Store())
+        held = ast.Name("__pyops_held__", ast.Store())
         first = ast.Assign([held], begin)
         end = _stored(last, target, _call("finish", names, ast.Name(held.id, ast.Load()), tail[1]))
         return count, [_located(first, statements[0]), *between, _located(end, last)]
@@ -318,11 +406,6 @@ class _Rewriter:
         return None
 
 
-def _arguments(function: ast.FunctionDef) -> list[str]:
-    args = function.args
-    return [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg) if arg is not None]
-
-
 def _assigned(statement: ast.stmt) -> tuple[str | None, ast.expr | None]:
     """(variable, value) of ``variable = value``, (None, value) of ``return value``."""
     if isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name):
@@ -339,7 +422,7 @@ def _stored(last: ast.stmt, target: str | None, value: ast.expr) -> ast.stmt:
 
 def _call(name: str, *arguments: ast.expr) -> ast.Call:
     names, *rest = arguments
-    return ast.Call(ast.Name(f"__pyops_{name}", ast.Load()), [ast.Name("self", ast.Load()), names, *rest], [])
+    return ast.Call(ast.Name(f"__pyops_{name}__", ast.Load()), [ast.Name("self", ast.Load()), names, *rest], [])
 
 
 def _names(names: list[str]) -> ast.expr:

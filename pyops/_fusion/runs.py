@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyops.nn.chain import SUMS, ConvChain, grouped
+from pyops.nn.chain import SUMS, ConvChain, grouped, runs_apart
 from pyops.ops import _conv_call
 
 Names = tuple[str, ...]
@@ -22,12 +22,15 @@ FUNCTIONS: dict[str, nn.Module] = {}  # layers that do what functions without pa
 class Plan(NamedTuple):
     """The steps of a run, and the layers that they were made for: (where a layer was found, under which name, itself)."""
 
+    owner: dict[str, Any]  # its attributes: a shallow copy of it has others
     places: list[tuple[dict[str, Any], str, Any]]
     early: list[Any]  # before the residual
     sum: Any  # takes the residual; None: there is none in a view
     late: list[Any]
 
-    def holds(self) -> bool:
+    def holds(self, owner: nn.Module) -> bool:
+        if self.owner is not owner.__dict__:
+            return False
         for place, name, layer in self.places:  # noqa: SIM110  (a generator costs a microsecond at every run)
             if place.get(name) is not layer:
                 return False
@@ -43,7 +46,7 @@ class Held(NamedTuple):
 
 def run(owner: nn.Module, names: Names, input: Any) -> Any:
     """The layers of `names`, none of which is a sum, one after another."""
-    if is_plain(input):
+    if runs_apart(input):
         for name in names:
             input = _call(owner, name, input)
         return input
@@ -58,7 +61,7 @@ def begin(owner: nn.Module, names: Names, input: Any, firm: bool) -> Any:
     firm: nothing comes between this call and `finish`, so that even the first layers can wait; else `input` itself might be written to.
     """
     at = place_of_sum(names)
-    if not is_plain(input):
+    if not runs_apart(input):
         found = plan(owner, names)
         if found.sum is not None and (firm or any(isinstance(step, ConvChain) for step in found.early)):
             for step in found.early:
@@ -81,9 +84,12 @@ def finish(owner: nn.Module, names: Names, begun: Any, residual: Any) -> Any:
     return run(owner, names[at + 1 :], SUMS[names[at]](begun, residual))
 
 
-def is_plain(input: Any) -> bool:
-    """Whether the layers are to be called one by one: for the compiler, who records, or tensors of another class."""
-    return torch.compiler.is_compiling() or type(input) not in (Tensor, nn.Parameter) or _conv_call.is_recorded()
+def view(input: Any, *sizes: Any) -> Any:
+    """`input.view(*sizes)`; an image in channels_last gets PyTorch's layout first, in place, since views share its memory."""
+    if type(input) is Tensor and input.dim() == 4 and not _conv_call.is_followed():
+        if not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
+            input.data = input.contiguous()
+    return input.view(*sizes)
 
 
 def place_of_sum(names: Names) -> int:
@@ -92,7 +98,7 @@ def place_of_sum(names: Names) -> int:
 
 def plan(owner: Any, names: Names) -> Plan:
     found = owner._kept.get(names)
-    if found is None or not found.holds():
+    if found is None or not found.holds(owner):
         found = owner._kept[names] = _make(owner, names)
     return found
 
@@ -114,7 +120,7 @@ def _make(owner: nn.Module, names: Names) -> Plan:
     at = next((i for i, (_, adds) in enumerate(steps) if adds), len(steps))
     takes = at < len(steps) and isinstance(steps[at][0], ConvChain)
     only = [step for step, _ in steps]
-    return Plan(places, only[:at], only[at] if takes else None, only[at + 1 :])
+    return Plan(owner.__dict__, places, only[:at], only[at] if takes else None, only[at + 1 :])
 
 
 def _call(owner: nn.Module, name: str, input: Any) -> Any:

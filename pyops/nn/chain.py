@@ -144,7 +144,7 @@ class Sequential(Chained, nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if runs_apart(input):
             return super().forward(input)
         layers = list(self._modules.values())
         before, steps = self._kept.get("steps", ([], []))
@@ -154,6 +154,11 @@ class Sequential(Chained, nn.Sequential):
         for step, _ in steps:
             input = step(input)
         return input
+
+
+def runs_apart(input: Any) -> bool:
+    """Whether layers are to be called one by one: for the compiler, who records, or tensors of another class."""
+    return torch.compiler.is_compiling() or type(input) not in (Tensor, nn.Parameter) or _conv_call.is_recorded()
 
 
 def _same(layers: list[nn.Module], before) -> bool:
@@ -179,6 +184,10 @@ def _view(layers: list[nn.Module], before: int | None, in_place: bool = False) -
 SUMS: dict[Any, Callable[[Any, Any], Any]] = {ADD: operator.add, ADD_: operator.iadd}
 
 
+def _is_sum(layer: Any) -> bool:
+    return isinstance(layer, str) and layer in SUMS
+
+
 def grouped(layers: list[Any]) -> list[tuple[Any, bool]]:
     """The steps that run the layers: a layer, or the view of several, and whether a residual goes into it. ADD or ADD_ may stand among the
     layers; where no view takes the sum in, it is a step."""
@@ -191,7 +200,8 @@ def grouped(layers: list[Any]) -> list[tuple[Any, bool]]:
             in_place = ADD_ in taken
             steps.append((_view([layer for layer in taken if not isinstance(layer, str)], before, in_place), before is not None))
         else:
-            steps.append((SUMS.get(layers[i], layers[i]), layers[i] in SUMS))
+            summed = _is_sum(layers[i])
+            steps.append((SUMS[layers[i]] if summed else layers[i], summed))
         i += count or 1
     return steps
 
@@ -217,7 +227,7 @@ def _run_length(layers: list[Any]) -> tuple[int, int | None]:
     if i >= len(layers) or kind_of(layers[i]) is not nn.Conv2d:
         return 0, None
     i = after(i + 1, lambda layer: kind_of(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm))
-    summed = after(i, lambda layer: layer in SUMS)
+    summed = after(i, _is_sum)
     if summed != i:
         return after(summed, activates), summed - 1
     i = after(i, activates)
