@@ -86,9 +86,9 @@ def finish(owner: nn.Module, names: Names, begun: Any, residual: Any) -> Any:
 
 def view(input: Any, *sizes: Any) -> Any:
     """`input.view(*sizes)`; an image in channels_last gets PyTorch's layout first, in place, since views share its memory."""
-    if type(input) is Tensor and input.dim() == 4 and not _conv_call.is_followed():
-        if not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
-            input.data = input.contiguous()
+    image = type(input) is Tensor and input.dim() == 4 and not _conv_call.is_followed()
+    if image and not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
+        input.data = input.contiguous()
     return input.view(*sizes)
 
 
