@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from pyops._flops import counting
-from pyops._trace import Node, evaluating, options_of, trace
+from pyops._trace import Node, evaluating, is_ours, options_of, trace
 
 INSTALL = "pyops summary runs on torchinfo, which is not installed: pip install torchinfo"
 
@@ -77,9 +77,6 @@ def summarize(model: nn.Module, inputs: tuple[Any, ...], depth: int | None = Non
         runs = "" if below or module not in flops else _runs(module, layers)
         ends = sizes.get(id(module), ("", ""))
         rows.append(Row(name, type(module).__name__, info.depth, *ends, *options_of(module), parameters, counted, runs))
-    grouped = found.groups().values()
-    alone = sum(node.module is not None and node.group is None for node in found.nodes)
-    together = sum(node.module is not None for group in grouped for node in group)
     every = list(model.parameters())
     unused = [n for n, part in model.named_modules() if part not in hidden and id(part) not in sizes and [*part.parameters(recurse=False)]]
     return Summary(
@@ -88,8 +85,7 @@ def summarize(model: nn.Module, inputs: tuple[Any, ...], depth: int | None = Non
         sum(p.numel() for p in every if p.requires_grad),
         sum(p.numel() * p.element_size() for p in every),
         flops.get(model, 0),
-        alone + together,
-        alone + len(grouped),
+        *found.counts(),
         unused,
     )
 
@@ -107,14 +103,10 @@ def _runs(module: nn.Module, layers: dict[nn.Module, Node]) -> str:
     """Who runs a module: a numbered call with others, pyops alone, or PyTorch, which is said of all that is not known to be pyops'."""
     nodes = [layers[part] for part in module.modules() if part in layers]
     groups = {node.group for node in nodes}
-    ours = [node for node in nodes if _is_ours(node.runner or node.module)]
+    ours = [node for node in nodes if is_ours(node.runner or node.module)]
     if groups <= {None} and len(ours) in (0, len(nodes)):
-        return "pyops" if ours or (not nodes and _is_ours(module)) else "PyTorch"
+        return "pyops" if ours or (not nodes and is_ours(module)) else "PyTorch"
     if len(groups) > 1 or None in groups:
         return f"{sum(node.group is None for node in nodes) + len(groups - {None})} calls"
     kind = type(nodes[0].runner).__name__
     return f"call {nodes[0].group}: {kind}" if ours else f"call {nodes[0].group}: PyTorch's {kind}"
-
-
-def _is_ours(module: nn.Module | None) -> bool:
-    return type(module).__module__.startswith("pyops.nn.")

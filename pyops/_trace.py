@@ -1,15 +1,19 @@
 """A network's layers as they are called on an input: which gives to which, in what sizes, and which of them run together as one call.
 
-Two runs in eval mode. In the first every layer has a hook: kernels cannot stand for layers that someone watches, so each is called, and
-what passes between them is followed. In the second nobody watches but PyTorch's global hooks, which kernels do not mind: a layer that is
-not called then was run by the innermost module around it that is called (a chain, an MBConv block), together with its neighbours.
+Two runs in eval mode. In one every layer has a hook: kernels cannot stand for layers that someone watches, so each is called, and what
+passes between them is followed. In the other nobody watches but PyTorch's global hooks, which kernels do not mind: a layer that is not
+called then was run by the innermost module around it that is called (a chain, an MBConv block), together with its neighbours. That one
+comes first, so that a network which finds out something in its first call has done so, and may be repeated for the time it takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +22,8 @@ from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from pyops.nn._derived import kind_of
 
 # Functions that only hand on what they got, or that a reader of a graph has no use for.
 SILENT = {"contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type", "__get__", "requires_grad_", "data"}
@@ -48,12 +54,35 @@ class Edge(NamedTuple):
 
 
 @dataclass
+class Run:
+    """What was called in a run that nobody watched, views of layers among it.
+
+    seconds: of each module's calls together, without those of the modules that it called; callers: who called it first.
+    """
+
+    seconds: dict[nn.Module, float] = field(default_factory=dict)
+    calls: Counter[nn.Module] = field(default_factory=Counter)
+    callers: dict[nn.Module, nn.Module | None] = field(default_factory=dict)
+
+
+@dataclass
+class _Frame:
+    """A call that is under way: when it was come to, when its own work began, the seconds since then that were others'."""
+
+    module: nn.Module
+    arrived: float
+    began: float = 0.0
+    inside: float = 0.0
+
+
+@dataclass
 class Trace:
-    """nodes: in the order of their calls; sizes: of each module by id, (input, output)."""
+    """nodes: in the order of their calls; sizes: of each module by id, (input, output); runs: as many as were asked for."""
 
     nodes: list[Node] = field(default_factory=list)
     edges: list[Edge] = field(default_factory=list)
     sizes: dict[int, tuple[str, str]] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
 
     def groups(self) -> dict[int, list[Node]]:
         """The nodes of each group."""
@@ -63,19 +92,32 @@ class Trace:
                 found.setdefault(node.group, []).append(node)
         return found
 
+    def counts(self) -> tuple[int, int]:
+        """How many calls of layers there are, and how many calls run them."""
+        grouped = self.groups().values()
+        alone = sum(node.module is not None and node.group is None for node in self.nodes)
+        return alone + sum(node.module is not None for group in grouped for node in group), alone + len(grouped)
 
-def trace(model: nn.Module, inputs: tuple[Any, ...], depth: int | None = None) -> Trace:
-    """Runs `model` twice on `inputs`. Modules `depth` levels below it (1: its children) are not looked into; None: every layer is seen.
+
+def trace(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    depth: int | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    runs: int = 1,
+) -> Trace:
+    """Runs `model` on `inputs` and keyword arguments `options`, `runs` times alone and once watched. Modules `depth` levels below it (1:
+    its children) are not looked into; None: every layer is seen.
 
     The model's mode and hooks are afterwards what they were; whatever its forward raises is raised.
     """
     flow = _Flow(model, depth)
     with evaluating(model), torch.no_grad():
+        flow.trace.runs = [_run_alone(model, inputs, options) for _ in range(runs)]
         with _watched(model), flow.following(), flow:
-            flow.start(inputs)
-            flow.end(model(*inputs))
-        called = _called(model, inputs)
-    _group(flow.trace.nodes, called)
+            flow.start((inputs, options))
+            flow.end(model(*inputs, **options))
+    _group(flow.trace.nodes, set(flow.trace.runs[-1].calls))
     return flow.trace
 
 
@@ -102,15 +144,46 @@ def _watched(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _called(model: nn.Module, inputs: tuple[Any, ...]) -> set[nn.Module]:
-    """The modules, views of layers among them, that a run without anyone's hooks calls."""
-    found: set[nn.Module] = set()
-    handle = register_module_forward_pre_hook(lambda module, _: found.add(module))
+def _run_alone(model: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Run:
+    """A run without anyone's hooks but the clock's, whose own time is in nobody's."""
+    run, now = Run(), _clock(model, inputs, options)
+    stack: list[_Frame] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        arrived = now()
+        run.calls[module] += 1
+        run.callers.setdefault(module, stack[-1].module if stack else None)
+        stack.append(_Frame(module, arrived))
+        stack[-1].began = now()
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        ended = now()
+        frame = stack.pop()
+        while frame.module is not module:  # a call that raised, and whoever called it went on
+            frame = stack.pop()
+        run.seconds[module] = run.seconds.get(module, 0.0) + ended - frame.began - frame.inside
+        if stack:
+            stack[-1].inside += now() - frame.arrived
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
-        model(*inputs)
+        model(*inputs, **options)
     finally:
-        handle.remove()
-    return found
+        for handle in handles:
+            handle.remove()
+    return run
+
+
+def _clock(model: nn.Module, *values: Any) -> Callable[[], float]:
+    """Seconds; where a GPU works, once it has done what it was given."""
+    if not any(t.is_cuda for t in (*model.parameters(), *_tensors(values))):
+        return time.perf_counter
+
+    def now() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return now
 
 
 def _group(nodes: list[Node], called: set[nn.Module]) -> None:
@@ -165,7 +238,7 @@ class _Flow(TorchFunctionMode):
             # PyTorch's handle leaves this behind, and its compiler then warns of global hooks
             getattr(torch_module, "_global_forward_hooks_with_kwargs", {}).pop(handles[1].id, None)
 
-    def start(self, inputs: tuple[Any, ...]) -> None:
+    def start(self, inputs: Any) -> None:
         for value in _tensors(inputs):
             self.made(Node("input"), [], [value], False)
 
@@ -265,6 +338,11 @@ def _written(func: Any, args: Any) -> list[Any]:
     if isinstance(func, torch._ops.OpOverload):
         return [value for value, known in zip(args, func._schema.arguments, strict=False) if known.alias_info and known.alias_info.is_write]
     return args[:1] if getattr(func, "__name__", "") == "__setitem__" else []
+
+
+def is_ours(module: nn.Module | None) -> bool:
+    """Whether the module is pyops', or was fused as one that is."""
+    return module is not None and kind_of(module).__module__.startswith(("pyops.nn.", "pyops._fusion."))
 
 
 def options_of(module: nn.Module | None) -> tuple[str, str]:

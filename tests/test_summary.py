@@ -278,7 +278,7 @@ def test_of_ones_own(folder):
         (["lenet", "--input", "1,x"], 2, "--input: expected sizes such as 1,3,224,224"),
         (["lenet", "--input", "0,1,32,32"], 2, "--input: expected sizes"),
         (["lenet", "--input", "1,4:0"], 2, "--input: expected sizes"),
-        (["lenet", "--input", "1,3,32,32"], 1, "lenet on 1 x 3 x 32 x 32: RuntimeError: "),
+        (["lenet", "--input", "1,3,32,32"], 1, "lenet on 1 x 3 x 32 x 32: ValueError: ConvBNAct: input: expected [N, 1, H, W]"),
         (["users_network:ours"], 2, "--input: expected for a network of your own"),
         (["users_network:other", "--input", "1"], 2, "has no attribute 'other'; expected module:factory"),
         (["absent_network:ours", "--input", "1"], 2, "No module named 'absent_network'; expected module:factory, importable from"),
