@@ -6,8 +6,8 @@ Importing touches no CUDA runtime, no Triton and starts nothing.
 import importlib
 
 from pyops import nn
-from pyops._backends import backend, explain
-from pyops.fuse import fuse, unfuse
+from pyops._backends import backend
+from pyops.fuse import explain, fuse, unfuse
 from pyops.ops.batch_norm_act import batch_norm_act
 from pyops.ops.capsule_routing import capsule_routing
 from pyops.ops.conv_bn_act import conv_bn_act, conv_transpose_bn_act

@@ -8,15 +8,17 @@ module, a forward set on the instance) is left alone.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
+from pyops import _backends
 from pyops import nn as pyops_nn
-from pyops._fusion import classes, rewrite, rules, torch_layers, torchvision_blocks  # noqa: F401  (registers rules)
+from pyops._fusion import classes, report, rewrite, rules, torch_layers, torchvision_blocks  # noqa: F401  (registers rules)
 from pyops._fusion.rules import Change
 from pyops._trace import evaluating
 
@@ -164,6 +166,30 @@ def unfuse(model: Model) -> Model:
         if classes.is_fused(module):
             classes.restore(module)
     return model
+
+
+@overload
+def explain(op: nn.Module, /, *inputs: Any, **kwargs: Any) -> report.Explanation: ...
+
+
+@overload
+def explain(op: str | Callable[..., Any], /, *args: Any, **kwargs: Any) -> _backends.Explanation: ...
+
+
+def explain(op: Any, /, *args: Any, **kwargs: Any) -> _backends.Explanation | report.Explanation:
+    """What runs a call of an op, or a model's layers; print it for a table.
+
+    Of a model, `print(pyops.explain(model, x))` with the arguments of its forward: what runs each layer and with which others, what stays
+    PyTorch's and why, and the time of each; the object's ``rows`` are for programs (`pyops._fusion.report.Row`). A model that is not fused
+    is shown as it is and beside it what `fuse` would change. The model runs in eval mode without gradients, and is afterwards as it was:
+    class, modes, hooks, random numbers' state.
+
+    Of an op, a public function of pyops or its name, for example ``print(pyops.explain("fused_lstm", x, None, w_ih, w_hh))``: which backend
+    `op(*args, **kwargs)` would run on, and why not on the others; nothing is run.
+
+    Raises TypeError for a model without inputs, ValueError for a name that is no op's, and whatever the model's forward raises.
+    """
+    return report.explain(op, args, kwargs) if isinstance(op, nn.Module) else _backends.explain(op, *args, **kwargs)
 
 
 def _check(model: Any, name: str) -> None:
