@@ -61,8 +61,8 @@ def fuse(model: Model, *, example_inputs: Any = None, verbose: bool = False) -> 
             unfuse(model)
             raise
         if verbose:
-            kind = "its calls run together" if change.kind is None else f"pyops.nn.{change.kind.__name__}"
-            print(f"{name or 'the model'} ({type(module).__name__}): {kind}")
+            own = "its calls run together" if rewrite.methods_of(classes.original_of(module)) else "images in channels_last inside"
+            print(f"{name or 'the model'} ({type(module).__name__}): {own if change.kind is None else f'pyops.nn.{change.kind.__name__}'}")
     if example_inputs is not None:
         _compare(model, example_inputs, expected)
     return model
@@ -187,7 +187,8 @@ def explain(op: Any, /, *args: Any, **kwargs: Any) -> _backends.Explanation | re
     Of an op, a public function of pyops or its name, for example ``print(pyops.explain("fused_lstm", x, None, w_ih, w_hh))``: which backend
     `op(*args, **kwargs)` would run on, and why not on the others; nothing is run.
 
-    Raises TypeError for a model without inputs, ValueError for a name that is no op's, and whatever the model's forward raises.
+    Raises TypeError for a model without inputs or with a part that torch.compile made, ValueError for a name that is no op's, and whatever
+    the model's forward raises.
     """
     return report.explain(op, args, kwargs) if isinstance(op, nn.Module) else _backends.explain(op, *args, **kwargs)
 

@@ -134,6 +134,30 @@ def test_images_in_channels_last_inside(network, wanted):
         model(x)
         model(x)
     assert seen[-1] is wanted
+def test_what_is_said_of_a_module(capsys):
+    """Of the second model as of the first: what was found out about a class stays that."""
+
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU())
+
+        def forward(self, x):
+            return self.inner(x)
+
+    class Around(Outer):
+        def __init__(self):
+            super().__init__()
+            self.inner = Outer()
+
+    for _ in range(2):
+        pyops.fuse(Outer(), verbose=True)
+        assert capsys.readouterr().out.splitlines() == [
+            "inner (Sequential): pyops.nn.Sequential",
+            "the model (Outer): images in channels_last inside",
+        ]
+    model = pyops.fuse(Around(), verbose=True)
+    assert type(model.inner) is Outer and "inner (Outer)" not in capsys.readouterr().out
 
 
 def test_copies_and_files(tmp_path):
