@@ -6,6 +6,7 @@ call, or a module's own functions and Python.
 
 from __future__ import annotations
 
+import inspect
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 RUNS = 5
 WARM_UPS = 2  # the first makes weights ready
-HOOKED = "it has hooks"
+HOOKED, ALONE = "it has hooks", "not called beside a layer that it runs with"
 SHOWN = 4  # names in one cell
 GROUPED = (nn.Linear, *(kind for kind in KINDS if not kind.__module__.startswith("pyops.")))  # layers that run with their neighbours
 
@@ -102,6 +103,9 @@ def explain(model: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any
 
     if not inputs and not options:
         raise TypeError("explain: inputs: expected the arguments of the model's forward, got none")
+    for name, part in model.named_modules():
+        if "_orig_mod" in part._modules or part._compiled_call_impl is not None:
+            raise TypeError(f"explain: model: expected no part that torch.compile made, got one: {name or 'the model'}")
     found = {entry.module: entry for entry in survey(model)}
     is_fused = any(classes.is_fused(part) for part in model.modules())
     with _same_random_numbers(model, inputs, options):
@@ -168,8 +172,10 @@ def _by_runner(model: nn.Module, found: Trace, names: dict[nn.Module, str]) -> d
     for node in found.nodes:
         if node.module is None and not node.inside:
             continue  # an input or output
-        around = [call.module for call in reversed(node.inside)]
-        runner = next((module for module in (node.module, *around) if module is not None and module in run.calls), model)
+        inside = [call.module for call in reversed(node.inside)]
+        if node.module is None:  # not of a view that runs no layer, nor of the layer that stands for a function
+            inside = [module for module in inside if module in names or module in groups]
+        runner = next((module for module in (node.module, *inside) if module is not None and module in run.calls), model)
         if node.module is not None:
             if not any(other.module is not None for other in groups.get(runner, ())):
                 places[runner] = max(places[runner], (last[0], last[1] + 1))  # a block may call some layers before it runs others
@@ -247,10 +253,12 @@ class _Why:
             return "pyops.fuse was not called since it came"
         if kind_of(layer) not in GROUPED:
             return "no kernel for such a layer on its own"
-        plain = [module for module in around if classes.original_of(module).forward is not nn.Sequential.forward]  # its reason is no other
-        owner = next((module for module in plain if self.reason(module) is not None), None)
-        alone = "not called beside a layer that it runs with"
-        return alone if owner is None else f"{alone} ({self.names[owner]}: {self.reason(owner)})"
+        for module in around:
+            if module in self.names and classes.original_of(module).forward is not nn.Sequential.forward:  # whose reason is no other
+                reason = self.reason(module) or _unread(module)
+                if reason is not None:
+                    return f"{ALONE} ({self.names[module]}: {reason})"
+        return ALONE
 
     def within(self, layer: nn.Module, block: nn.Module) -> str:
         """In a view or block that could have run it with others."""
@@ -271,6 +279,14 @@ def _subclass(layer: nn.Module) -> str | None:
         return None
     known = next((base for base in bases if base in GROUPED or rules.find(base) is not None), None)
     return None if known is None else f"a class of its own, not torch.nn.{known.__name__}"
+
+
+def _unread(module: nn.Module) -> str | None:
+    try:
+        inspect.getsource(classes.original_of(module).forward)
+    except (OSError, TypeError):
+        return "no source of its forward to read"
+    return None
 
 
 def _size(value: Any) -> str:
