@@ -23,6 +23,7 @@ from pyops._trace import Node, Trace, is_ours, trace
 from pyops.nn._derived import has_hooks, kind_of
 from pyops.nn.chain import ConvChain, LinearChain, Sequential
 from pyops.nn.conv import KINDS
+from pyops.ops import _conv_call
 
 if TYPE_CHECKING:
     from pyops.fuse import Found
@@ -150,7 +151,7 @@ def _measured(model: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, A
         functions = tuple(dict.fromkeys(node.name for node in nodes if node.module is None))
         calls = found.runs[-1].calls[runner]
         ours = is_ours(runner)
-        reason = "" if ours else why.of(nodes[0]) if nodes and nodes[0].module is runner else why.reason(runner) or ""
+        reason = "" if ours else why.of(nodes[0]) if nodes and nodes[0].module is runner else why.own(runner) or ""
         shown = layers or {names.get(runner) or type(runner).__name__: type(runner).__name__}
         between = "Python between layers" if runner in callers else "PyTorch"
         runs = _how(runner, len(layers), functions, calls, between)
@@ -238,19 +239,23 @@ class _Why:
     def reason(self, module: nn.Module) -> str | None:
         return self.found[module].reason if module in self.found else None
 
+    def own(self, module: nn.Module) -> str | None:
+        """What is about the module itself."""
+        return self.reason(module) or (HOOKED if has_hooks(module) and not any(module.children()) else None) or _subclass(module)
+
     def of(self, node: Node) -> str:
         layer: Any = node.module
         around = [call.module for call in reversed(node.inside)]
-        own = self.reason(layer) or (HOOKED if has_hooks(layer) else None) or _subclass(layer)
+        own = self.own(layer)
         if own is not None:
             return own
         if isinstance(layer, (_DropoutNd, nn.Identity)):
             return "does nothing in eval mode"
         block = next((module for module in around if is_ours(module) and kind_of(module) is not Sequential), None)
         if block is not None:
-            return self.within(layer, block)
+            return self.within(block)
         if any(self.found[module].change is not None for module in (layer, *around) if module in self.found):
-            return "pyops.fuse was not called since it came"
+            return "not fused yet"
         if kind_of(layer) not in GROUPED:
             return "no kernel for such a layer on its own"
         for module in around:
@@ -260,12 +265,12 @@ class _Why:
                     return f"{ALONE} ({self.names[module]}: {reason})"
         return ALONE
 
-    def within(self, layer: nn.Module, block: nn.Module) -> str:
+    def within(self, block: nn.Module) -> str:
         """In a view or block that could have run it with others."""
         for part in block.modules():
             if part is not block and part in self.names and has_hooks(part):
                 return f"{self.names[part]}, which it would run with: {self.reason(part) or HOOKED}"
-        if any(torch.is_autocast_enabled(p.device.type) for p in layer.parameters()):
+        if any(_conv_call.is_autocast(p.device.type) for p in block.parameters()):
             return "autocast"
         if isinstance(block, (ConvChain, LinearChain)):
             return "no kernel for these layers' options or dtype"
@@ -278,7 +283,7 @@ def _subclass(layer: nn.Module) -> str | None:
     if is_ours(layer) or kind_of(layer) is not own or own.__module__.startswith("torch."):
         return None
     known = next((base for base in bases if base in GROUPED or rules.find(base) is not None), None)
-    return None if known is None else f"a class of its own, not torch.nn.{known.__name__}"
+    return None if known is None else f"a subclass of {known.__module__.partition('.')[0]}'s {known.__name__}"
 
 
 def _unread(module: nn.Module) -> str | None:
