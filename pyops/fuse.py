@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from pyops import _backends
 from pyops import nn as pyops_nn
-from pyops._fusion import classes, report, rewrite, rules, torch_layers, torchvision_blocks  # noqa: F401  (registers rules)
+from pyops._fusion import classes, report, rewrite, rules, timm_blocks, torch_layers, torchvision_blocks  # noqa: F401  (registers rules)
 from pyops._fusion.rules import Change
 from pyops._trace import evaluating
+from pyops.nn._derived import kind_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -118,7 +119,7 @@ def _decide(module: nn.Module) -> Change | str | None:
         return decision
     if isinstance(module, nn.Sequential) and cls.forward is nn.Sequential.forward:
         return classes.refused(cls, pyops_nn.Sequential) or torch_layers.sequential(module)
-    if not cls.__module__.startswith(("torch.", "pyops.")) and rewrite.methods_of(cls):
+    if kind_of(module) is cls and not cls.__module__.startswith(("torch.", "pyops.")) and rewrite.methods_of(cls):
         return classes.refused(cls) or Change(None, whole=False)
     return decision
 

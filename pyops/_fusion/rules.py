@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from pyops.nn._derived import ALIASES
+
 
 class Change(NamedTuple):
     """What a module becomes."""
@@ -53,6 +55,11 @@ def find(cls: type) -> Rule | str | None:
     if digests and digest(cls) not in digests:
         return f"another version of {cls.__module__} than pyops knows"
     return function
+
+
+def alias(name: str, kind: type[nn.Module], *digests: str) -> None:
+    """Layers of the class of that full name, whose code has one of the digests, do what `kind` does: kernels know them as such."""
+    ALIASES.named[name] = lambda cls: kind if digest(cls) in digests else None
 
 
 @cache

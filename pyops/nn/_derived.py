@@ -157,14 +157,28 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in HOOKS) or "forward" in module.__dict__
 
 
-# Other libraries' classes that do what one of torch's does, layers of theirs without options; `pyops.fuse` lists them.
-ALIASES: dict[type, type] = {}
+class Aliases(dict[type, type]):
+    """By class: the one that does the same, of torch or pyops, where kernels know that one; else the class itself. `pyops.fuse` adds them.
+
+    Other libraries' classes stand in ``named``, by their full name, with a function that says what they do once a layer of theirs is met.
+    """
+
+    def __init__(self):
+        self.named: dict[str, Callable[[type], type | None]] = {}
+
+    def __missing__(self, cls: type) -> type:
+        known = self.named.get(f"{cls.__module__}.{cls.__qualname__}")
+        found = self[cls] = (None if known is None else known(cls)) or cls
+        return found
+
+
+ALIASES = Aliases()
 
 
 def kind_of(module: nn.Module) -> type:
     """The class that says what kernels may stand for the module: its own, or the one that it was fused as."""
     own = type(module)
-    return getattr(own, "_kind", None) or ALIASES.get(own, own)
+    return ALIASES[getattr(own, "_kind", None) or own]
 
 
 def is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:

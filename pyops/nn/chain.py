@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyops.nn import _training
 from pyops.nn._derived import Keeps, has_hooks, is_plain, kind_of
-from pyops.nn.conv import KINDS, ConvBNAct, Parts, name_of, parts_of, pool_of, upsampling_of
+from pyops.nn.conv import KINDS, NORMS, ConvBNAct, Parts, inside, name_of, parts_of, pool_of, upsampling_of
 from pyops.nn.linear import LinearCalls
 from pyops.ops import _conv_call, _conv_run, _depthwise_ops
 
@@ -47,7 +47,7 @@ class ConvChain(ConvBNAct):
         if parts is None or self.before is None:
             return parts
         early, late = layers[: self.before], layers[self.before :]
-        ends = any(name_of(layer) is not None or pool_of(layer) is not None for layer in early)
+        ends = any(name_of(layer) is not None or pool_of(layer) is not None or inside(layer) for layer in early)
         return None if ends or any(layer is parts.conv or layer is parts.norm for layer in late) else parts
 
     def _plain_parts(self) -> Parts | None:
@@ -219,6 +219,9 @@ def _run_length(layers: list[Any]) -> tuple[int, int | None]:
     def activates(layer: Any) -> bool:
         return isinstance(layer, nn.Module) and name_of(layer) is not None
 
+    def pools(layer: Any) -> bool:
+        return isinstance(layer, nn.Module) and pool_of(layer) is not None
+
     if not isinstance(layers[0], nn.Module):
         return 0, None
     if type(layers[0]) is nn.Linear:
@@ -226,9 +229,11 @@ def _run_length(layers: list[Any]) -> tuple[int, int | None]:
     i = 1 if upsampling_of(layers[0]) else 0
     if i >= len(layers) or kind_of(layers[i]) is not nn.Conv2d:
         return 0, None
-    i = after(i + 1, lambda layer: kind_of(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm))
+    i = after(i + 1, lambda layer: kind_of(layer) in NORMS)
+    if inside(layers[i - 1]):
+        return after(i, pools), None
     summed = after(i, _is_sum)
     if summed != i:
         return after(summed, activates), summed - 1
     i = after(i, activates)
-    return after(i, lambda layer: isinstance(layer, nn.Module) and pool_of(layer) is not None), None
+    return after(i, pools), None

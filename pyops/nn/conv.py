@@ -64,6 +64,22 @@ class DropPath(nn.Module):
         return f"p={self.p}"
 
 
+class BatchNormAct(nn.BatchNorm2d):
+    """The kind of other libraries' batch norms that activate on their own: ``act(drop(batch_norm(input)))``."""
+
+    drop: nn.Module
+    act: nn.Module
+
+
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct)
+
+
+def inside(layer: Any) -> list[nn.Module]:
+    """What a norm does on its own after it has normalised."""
+    layers = [layer.drop, layer.act] if kind_of(layer) is BatchNormAct else []
+    return [layer for layer in layers if kind_of(layer) is not nn.Identity]
+
+
 class Folded(NamedTuple):
     """A filter and bias with running statistics in them, in float32 (float64 for float64), and what kernels keep of them."""
 
@@ -124,7 +140,8 @@ def parts_of(layers: list[Any], norm: bool) -> Parts | None:
     pool = pool_of(layers[-1]) if layers else None
     layers = layers[:-1] if pool is not None else layers
     conv, *rest = layers or [None]
-    normal = rest.pop(0) if rest and kind_of(rest[0]) in (nn.BatchNorm2d, nn.SyncBatchNorm) else None
+    normal = rest.pop(0) if rest and kind_of(rest[0]) in NORMS else None
+    rest = rest if normal is None else [*inside(normal), *rest]
     if conv is None or kind_of(conv) is not nn.Conv2d or (norm and normal is None) or len(rest) > 1:
         return None
     activation = name_of(rest[0]) if rest else "none"
@@ -332,8 +349,7 @@ class UpsampleConvBNAct(ConvBNAct):
 
 
 KINDS = (
-    ConvBNAct, UpsampleConvBNAct, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Upsample, nn.MaxPool2d, nn.AvgPool2d,
-    *ACTIVATIONS.values(),
+    ConvBNAct, UpsampleConvBNAct, nn.Conv2d, *NORMS, nn.Upsample, nn.MaxPool2d, nn.AvgPool2d, *ACTIVATIONS.values(),
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyops.nn import _mlp
 from pyops.nn._derived import Keeps, has_hooks, is_plain, kind_of
-from pyops.nn.conv import DropPath, can_fold
+from pyops.nn.conv import DropPath, can_fold, name_of
 from pyops.ops import _conv_call
 from pyops.ops.depthwise_conv import depthwise_conv_bn_act, run_folded
 
@@ -79,7 +79,7 @@ class ConvNeXtBlock(Keeps, nn.Module):
         depthwise = conv.groups == conv.in_channels == conv.out_channels
         biases = all(layer.bias is not None for layer in (conv, widen, narrow))
         order = [tuple(parts[i].dims) for i in (1, 6)] == [(0, 2, 3, 1), (0, 3, 1, 2)]
-        return plain and depthwise and biases and order and parts[4].approximate == "none"
+        return plain and depthwise and biases and order and name_of(parts[4]) == "gelu"
 
     def _infer(self, input: Tensor) -> Tensor:
         parts: list[Any] = list(self.block)

@@ -46,6 +46,8 @@ class DenseLayer(Keeps, nn.Module):
     adds either way. Source: Huang et al., 2017.
     """
 
+    layer_kinds: tuple[type[nn.Module], ...] = (nn.BatchNorm2d, nn.ReLU, nn.Conv2d)
+
     def __init__(
         self,
         num_input_features: int,
@@ -83,7 +85,7 @@ class DenseLayer(Keeps, nn.Module):
     def is_standard(self) -> bool:
         """Whether kernels can stand for the layers as they are now."""
         convs = (self.conv1, self.conv2)
-        if not is_plain(self, (DenseLayer, nn.BatchNorm2d, nn.ReLU, nn.Conv2d)) or any(conv.bias is not None for conv in convs):
+        if not is_plain(self, (DenseLayer, *self.layer_kinds)) or any(conv.bias is not None for conv in convs):
             return False
         shapes = [(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) for conv in convs]
         plain = shapes == [((1, 1), (1, 1), (0, 0), (1, 1), 1), ((3, 3), (1, 1), (1, 1), (1, 1), 1)]

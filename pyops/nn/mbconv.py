@@ -14,7 +14,7 @@ from pyops.nn.chain import Chained, ConvChain
 from pyops.nn.conv import KINDS, ConvBNAct, DropPath, Folded, SqueezeExcitation, can_fold
 from pyops.ops import _activations, _conv_call, _expand_depthwise_ops, _mbconv_ops, _pointwise_ops  # noqa: F401  (registers the ops)
 
-PARTS = (*KINDS, ConvChain, SqueezeExcitation, nn.Sequential, nn.AdaptiveAvgPool2d)
+PARTS = (*KINDS, ConvChain, SqueezeExcitation, nn.Sequential, nn.AdaptiveAvgPool2d, nn.Identity)
 
 
 def finish_block(block: MBConv | FusedMBConv, kernels, pending: _training.Pending, input: Tensor) -> Tensor:

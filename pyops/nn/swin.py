@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyops.nn import _mlp
 from pyops.nn._derived import Keeps, has_hooks, is_plain, kind_of
-from pyops.nn.conv import DropPath, can_fold
+from pyops.nn.conv import DropPath, can_fold, name_of
 from pyops.nn.linear import BlockLinear
 from pyops.ops import _window_attention_ops
 from pyops.ops.window_attention import window_attention
@@ -222,7 +222,7 @@ class SwinTransformerBlock(Keeps, nn.Module):
             return None
         widen, narrow = mlp[0], mlp[3]
         ends = (widen.in_features, narrow.in_features, narrow.out_features) == (C, widen.out_features, C)
-        known = widen.bias is not None and narrow.bias is not None and mlp[1].approximate == "none"
+        known = widen.bias is not None and narrow.bias is not None and name_of(mlp[1]) == "gelu"
         if not ends or not known or mlp[2].training or mlp[4].training:
             return None
         if norm is not None and (type(norm) is not nn.LayerNorm or norm.normalized_shape != (C,) or has_hooks(norm)):
