@@ -145,7 +145,7 @@ class LayerNorm2d(norm.LayerNorm2d):
     backend = None
 
     def forward(self, input: Tensor) -> Tensor:
-        plain = self._fast_norm or input.dim() != 4  # type: ignore[attr-defined]
+        plain = runs.is_plain(input) or self._fast_norm or input.dim() != 4  # type: ignore[attr-defined]
         return super(norm.LayerNorm2d, self).forward(input) if plain else super().forward(input)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
