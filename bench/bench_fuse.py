@@ -23,6 +23,7 @@ from torch._inductor.utils import fresh_cache
 import pyops
 from pyops.demo.measure import peak_bytes
 from pyops.testing import relative_error
+from pyops.testing.gate import GRADIENT
 from pyops.testing.samples import conv_peers
 
 from .bench_models import laid_out, tensors, training_step, work_of
@@ -92,17 +93,17 @@ def timed(name: str, factory: Callable[[], Call], seconds: dict[str, float], exp
                 torch.cuda.synchronize()
             seconds[name] = time.perf_counter() - start
         if expected:
-            check(name, tensors(result), expected)
+            check(name, tensors(result), expected, ROUNDING[expected[0].dtype])
         return call
 
     return prepare
 
 
-def check(name: str, found: list[Tensor], expected: list[Tensor]) -> None:
-    """Raises AssertionError where results differ by more than rounding: what computes something else is not worth timing."""
-    allowed, distance = ROUNDING[expected[0].dtype], relative_error(zip(found, expected, strict=True))
+def check(name: str, found: list[Tensor], expected: list[Tensor], allowed: float) -> None:
+    """Raises AssertionError where results differ by more than is allowed: what computes something else is not worth timing."""
+    distance = relative_error(zip(found, expected, strict=True))
     if not distance <= allowed:
-        raise AssertionError(f"{name}: its results are {distance:.2g} from eager PyTorch's, relative; rounding explains {allowed}")
+        raise AssertionError(f"{name}: its results are {distance:.2g} from eager PyTorch's, relative; rounding explains {allowed:.2g}")
 
 
 def compete(own: Callable[[], Call], others: dict[str, Callable[[], Call]], expected: list[Tensor], wanted: str) -> tuple[Any, ...]:
@@ -163,13 +164,21 @@ def first_step(model: nn.Module, images: Tensor) -> list[Tensor]:
     return found
 
 
+def check_step(eager: nn.Module, images: Tensor, fused: nn.Module, values: Tensor) -> None:
+    """One step's outputs and gradients. What rounding does to them is seen from eager's other layout: 6 % for Inception's."""
+    expected = first_step(copy.deepcopy(eager), images)
+    other = first_step(*in_layout(eager, images, torch.channels_last))
+    allowed = GRADIENT * relative_error(zip(other, expected, strict=True))
+    check("ours", first_step(fused, values), expected, max(allowed, ROUNDING[images.dtype]))
+
+
 @pytest.mark.parametrize("batch", [8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def bench_fused_training(name, dtype, batch, race, benchmark, request):
-    """Forward and backward. Ours is checked by one step's outputs and gradients; peers are PyTorch's own and draw their own chances."""
+    """Forward and backward. Only ours is checked: peers are PyTorch's own, and a compiled one has its chances compiled."""
     eager, images = build(name, batch, dtype, train=True)
     model, values = in_layout(eager, images, OWN_LAYOUT)
-    check("ours", first_step(pyops.fuse(copy.deepcopy(model)), values), first_step(copy.deepcopy(eager), images))
+    check_step(eager, images, pyops.fuse(copy.deepcopy(model)), values)
 
     def compiled(**options):
         torch._dynamo.reset()
