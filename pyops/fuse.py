@@ -18,7 +18,16 @@ from torch.utils._pytree import tree_leaves
 
 from pyops import _backends
 from pyops import nn as pyops_nn
-from pyops._fusion import classes, report, rewrite, rules, timm_blocks, torch_layers, torchvision_blocks  # noqa: F401  (registers rules)
+from pyops._fusion import (
+    classes,
+    report,
+    rewrite,
+    rules,
+    timm_blocks,  # noqa: F401  (registers rules, as the next three do)
+    torch_layers,
+    torchvision_blocks,  # noqa: F401
+    transformers_blocks,  # noqa: F401
+)
 from pyops._fusion.rules import Change
 from pyops._trace import evaluating
 from pyops.nn._derived import kind_of

@@ -14,7 +14,8 @@ are only values that nothing else reads:
     out = self.relu(out)
 
 (in truth the first two runs are one). Nested calls, functional activations and pooling, `if self.se is not None: out = self.se(out)` are
-read the same way. A method without source, with a decorator or another peculiarity is left as it is.
+read the same way. A method without source, with a decorator or another peculiarity is left as it is. Files of single libraries add calls
+whose results are handed on (HANDED), and decorators that class creation puts on again (RENEWED).
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ ACTIVATIONS: dict[Any, type[nn.Module]] = {
     torch.sigmoid: nn.Sigmoid, F.sigmoid: nn.Sigmoid, torch.tanh: nn.Tanh, F.tanh: nn.Tanh, F.hardsigmoid: nn.Hardsigmoid,
     F.leaky_relu: nn.LeakyReLU,
 }  # fmt: skip
+HANDED: dict[tuple[str, str], str] = {}  # (class of a global, its method) -> the function of RUNTIME that makes another of its result
+RENEWED: set[tuple[str, str]] = set()  # (module, name) of wrappers that a class' `__init_subclass__` puts around its methods
 POOLS: dict[Any, type[nn.Module]] = {F.max_pool2d: nn.MaxPool2d, F.avg_pool2d: nn.AvgPool2d}
 PECULIAR = (
     ast.Try, ast.Global, ast.Nonlocal, ast.Delete, ast.Match, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom, ast.ClassDef,
@@ -98,6 +101,8 @@ def methods_of(cls: type[nn.Module]) -> dict[str, types.FunctionType]:
 
 def _rewritten(method: types.FunctionType, cls: type, owner: str) -> types.FunctionType | None:
     """owner: the name of the class that the method stands in."""
+    while (method.__globals__["__name__"], method.__code__.co_name) in RENEWED:
+        method = method.__wrapped__  # type: ignore[attr-defined]
     code = method.__code__
     if hasattr(method, "__wrapped__") or code.co_varnames[:1] != ("self",):
         return None
@@ -114,6 +119,7 @@ def _rewritten(method: types.FunctionType, cls: type, owner: str) -> types.Funct
     if not _same_code(_compiled(function, method, first, owner).__code__, code):
         return None  # the file was changed, or the method was, since it was compiled
     rewriter = _Rewriter(function, cls, method)
+    function = _Handing(rewriter).visit(function)
     function.body = rewriter.block(function.body)
     function = _Views(rewriter).visit(function)
     return _compiled(function, method, first, owner) if rewriter.changed else None
@@ -404,6 +410,24 @@ class _Rewriter:
             owner = self.resolve(value.value)
             return getattr(owner, value.attr, None) if isinstance(owner, types.ModuleType) else None
         return None
+
+
+class _Handing(ast.NodeTransformer):
+    """Hands the results of HANDED's calls to their functions."""
+
+    def __init__(self, rewriter: _Rewriter):
+        self.rewriter = rewriter
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        self.generic_visit(node)
+        if not isinstance(node.func, ast.Attribute):
+            return node
+        cls = type(self.rewriter.resolve(node.func.value))
+        name = HANDED.get((f"{cls.__module__}.{cls.__qualname__}", node.func.attr))
+        if name is None:
+            return node
+        self.rewriter.changed = True
+        return ast.copy_location(ast.Call(ast.Name(name, ast.Load()), [node], []), node)
 
 
 def _assigned(statement: ast.stmt) -> tuple[str | None, ast.expr | None]:

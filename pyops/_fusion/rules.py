@@ -69,11 +69,21 @@ def digest(cls: type) -> str:
     for name, method in sorted(vars(cls).items()):
         method = inspect.unwrap(method) if callable(method) else getattr(method, "__func__", None)
         if isinstance(method, types.FunctionType):
-            try:
-                parts.append((name, _plain(ast.parse(textwrap.dedent(inspect.getsource(method))))))
-            except (OSError, SyntaxError):
-                parts.append((name, ""))
+            parts.append((name, _source(method)))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+@cache
+def digest_of_function(function: types.FunctionType) -> str:
+    """The same of a function outside of classes."""
+    return hashlib.sha256(repr(_source(function)).encode()).hexdigest()[:16]
+
+
+def _source(function: types.FunctionType) -> Any:
+    try:
+        return _plain(ast.parse(textwrap.dedent(inspect.getsource(function))))
+    except (OSError, SyntaxError):
+        return ""
 
 
 def _plain(node: Any) -> Any:
