@@ -103,8 +103,9 @@ INPUTS = {
 }  # fmt: skip
 TEXTS = (bert, roberta, distilbert, gpt2, llama, t5, clip)
 FOUND = {  # how many modules become what: attention and layers by their own rewritten forward (""), the others by pyops' or torch's class
-    bert: {"GELU": 2}, roberta: {"GELU": 2}, distilbert: {"GELU": 2}, gpt2: {}, llama: {"GatedMLP": 2, "SiLU": 2}, t5: {}, vit: {"GELU": 2},
-    swin: {"GELU": 4}, convnext: {"ConvNextLayer": 5, "ChannelNorm": 4, "GELU": 5}, resnet: {}, whisper: {"GELU": 4}, clip: {},
+    bert: {"GELU": 2}, roberta: {"GELU": 2}, distilbert: {"GELU": 2}, gpt2: {}, llama: {"GatedMLP": 2, "SiLU": 2}, t5: {},
+    vit: {"GELU": 2}, swin: {"GELU": 4}, convnext: {"ConvNextLayer": 5, "ChannelNorm": 4, "GELU": 5}, resnet: {"ResidualLayer": 3},
+    whisper: {"GELU": 4}, clip: {},
 }  # fmt: skip
 
 
@@ -143,12 +144,12 @@ def test_padding(make, calls):
     assert any(options["attn_bias"] is not None for options in calls)
 
 
-@pytest.mark.parametrize("make", [bert, llama, t5, convnext], ids=name_of)
+@pytest.mark.parametrize("make", [bert, llama, t5, convnext, resnet], ids=name_of)
 def test_training(make, calls):
     torch.manual_seed(0)
     inputs = INPUTS[make]()
-    check_training(make(), inputs if make is convnext else padded(inputs, left=True))
-    assert bool(calls) == (make is not convnext)
+    check_training(make(), padded(inputs, left=True) if "input_ids" in inputs else inputs)
+    assert bool(calls) == ("input_ids" in inputs)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -308,20 +309,27 @@ def test_compiled_and_traced(make, calls):
     assert "aten::" in str(traced.inlined_graph) and "pyops::" not in str(traced.inlined_graph)
 
 
-def test_replaced_layers():
-    """What was put in the place of a layer is what runs."""
+@pytest.mark.parametrize("make", [convnext, resnet], ids=name_of)
+def test_replaced_layers_and_hooks(make):
+    """What was put in the place of a layer is what runs, and who watches one sees it."""
     torch.manual_seed(0)
-    model, x = convnext().eval(), image(64)
+    model, x, seen = make().eval(), INPUTS[make](), []
     fused(model)
     with torch.no_grad():
         before = model(**x).logits
-        layer = next(part for part in model.modules() if type(part).__name__ == "ConvNextLayer")
-        layer.act, layer.drop_path = torch.nn.Tanh(), torch.nn.Hardtanh(-0.1, 0.1)
-        layer.layer_scale_parameter = torch.nn.Parameter(torch.full_like(layer.layer_scale_parameter, 2.0))
+        layer = next(part for part in model.modules() if type(part).__name__ in ("ConvNextLayer", "ResNetBottleNeckLayer"))
+        if make is convnext:
+            layer.act, layer.drop_path = torch.nn.Tanh(), torch.nn.Hardtanh(-0.1, 0.1)
+            layer.layer_scale_parameter = torch.nn.Parameter(torch.full_like(layer.layer_scale_parameter, 2.0))
+        else:
+            layer.layer[-1].activation, layer.activation = torch.nn.Tanh(), torch.nn.Softplus()
         found = model(**x).logits
+        assert not torch.allclose(found, before, rtol=1e-3)
+        (layer.pwconv2 if make is convnext else layer.layer[-1].normalization).register_forward_hook(lambda *_: seen.append(1))
+        torch.testing.assert_close(model(**x).logits, found, rtol=1e-4, atol=1e-5)
         pyops.unfuse(model)
         torch.testing.assert_close(found, model(**x).logits, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(found, before, rtol=1e-3)
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("make", [bert, llama, convnext, resnet], ids=name_of)

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: its attention on `flash_attention`, its activations behind linear layers, ConvNeXt's layer.
+"""Hugging Face transformers: its attention on `flash_attention`, its activations behind linear layers, its ConvNeXt and ResNet.
 
 Attention modules ask `ALL_ATTENTION_FUNCTIONS` for the function that their config names. Their rewritten forwards hand what they get to
 `attention`, which puts pyops' in the place of "sdpa": the config, which other modules share and which is saved with the model, stays as
@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyops import _backends
-from pyops._fusion import rewrite, rules
+from pyops._fusion import classes, rewrite, rules, runs
 from pyops._fusion.rules import Change, digest_of_function, rule
 from pyops.nn._derived import has_hooks
-from pyops.nn.chain import Chained
+from pyops.nn.chain import Chained, ConvChain
 from pyops.nn.conv import DropPath, can_fold
 from pyops.nn.convnext import ConvNeXtBlock, Permute
 from pyops.ops import _conv_call
@@ -229,3 +229,45 @@ def _drops_nothing(path: nn.Module) -> bool:
 @rule("transformers.models.convnext.modeling_convnext.ConvNextLayer", "c3aaa1c464e2225b")
 def convnext_layer(module: Any) -> Change:
     return Change(cast(Any, ConvNextLayer), whole=False)
+
+
+@rule("transformers.models.resnet.modeling_resnet.ResNetConvLayer", "21f1295678312c00")
+@rule("transformers.models.regnet.modeling_regnet.RegNetConvLayer", "1837b7f905c248ac")
+def conv_layer(module: Any) -> Change:
+    return Change(None, whole=False)
+
+
+class ResidualLayer(Chained):
+    """``activation(layer(x) + shortcut(x))``: sum and activation run with the last convolution of `layer`."""
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        block: Any = self
+        view = None if runs.is_plain(hidden_state) else self._view()
+        if view is None:
+            return super().forward(hidden_state)  # type: ignore[misc]
+        y = hidden_state
+        for layer in list(block.layer)[:-1]:
+            y = layer(y)
+        return view(y, block.shortcut(hidden_state))
+
+    def _view(self) -> ConvChain | None:
+        """Of the last convolution, its norm and the activation behind the sum; None where another layer or a hook is between them."""
+        block: Any = self
+        last = block.layer[-1]
+        if has_hooks(block.layer) or has_hooks(last) or type(block.layer) is not nn.Sequential:
+            return None
+        parts = [last, *last._modules.values(), block.activation]
+        before, view = self._kept.get("view", ((), None))
+        if len(parts) != len(before) or any(a is not b for a, b in zip(parts, before, strict=True)):
+            known = rules.find(classes.original_of(last)) is conv_layer and type(last.activation) is nn.Identity
+            view = ConvChain([last.convolution, last.normalization, block.activation], 2, in_place=True) if known else None
+            self._kept["view"] = parts, view
+        return None if view is None or has_hooks(last.activation) else view
+
+
+@rule("transformers.models.resnet.modeling_resnet.ResNetBasicLayer", "af7885523ef87d25")
+@rule("transformers.models.resnet.modeling_resnet.ResNetBottleNeckLayer", "9d9950b4e185d2ce")
+@rule("transformers.models.regnet.modeling_regnet.RegNetXLayer", "fa455f36393be609")
+@rule("transformers.models.regnet.modeling_regnet.RegNetYLayer", "50f448daef7a0c7f")
+def residual_layer(module: Any) -> Change:
+    return Change(cast(Any, ResidualLayer), whole=False)
