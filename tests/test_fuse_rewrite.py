@@ -49,7 +49,7 @@ class ReadTwice(Base):
 class AddedToLater(Base):
     def forward(self, x):
         a = self.conv1(x)
-        b = self.bn1(a)
+        b = self.drop(a)
         a += b
         return a
 

@@ -97,8 +97,11 @@ def become(module: nn.Module, kind: type[nn.Module] | None = None, is_root: bool
 
     Raises TypeError where its class cannot be derived from, or instances of it cannot change class.
     """
-    cls = class_of(original_of(module), kind, is_root)
+    own = original_of(module)
+    cls = class_of(own, kind, is_root)
     module.__class__ = cls
+    if not issubclass(cls, Fused):
+        attributes["__module__"] = own.__module__  # by which torch.fx knows torch's layers, none of which it looks into
     added = tuple(name for name in attributes if name not in module.__dict__)
     module.__dict__.update({name: attributes[name] for name in added})
     module.__dict__[KEPT] = module.__dict__.get(KEPT, ()) + added

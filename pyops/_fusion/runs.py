@@ -125,6 +125,6 @@ def _make(owner: nn.Module, names: Names) -> Plan:
 
 def _call(owner: nn.Module, name: str, input: Any) -> Any:
     if name in FUNCTIONS:
-        return FUNCTIONS[name](input)
+        return FUNCTIONS[name].forward(input)  # a call would tell hooks of every module, and tracers, of a layer that is not there
     layer = getattr(owner, name.removeprefix("?"))
     return input if layer is None and name[0] == "?" else layer(input)
