@@ -30,7 +30,7 @@ from pyops._fusion import (
 )
 from pyops._fusion.rules import Change
 from pyops._trace import evaluating
-from pyops.nn._derived import kind_of
+from pyops.nn._derived import kind_of, own_class
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -118,7 +118,7 @@ def _apart(module: nn.Module) -> str | None:
 
 
 def _decide(module: nn.Module) -> Change | str | None:
-    cls = type(module)
+    cls = own_class(module)
     apart = _apart(module)
     if apart is not None:
         return apart

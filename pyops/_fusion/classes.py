@@ -11,6 +11,7 @@ from torch import nn
 
 from pyops._fusion import rewrite
 from pyops._fusion.layout import ImageRoot, rooted
+from pyops.nn._derived import is_wrapper, own_class
 from pyops.nn.chain import Chains
 
 KEPT = "_fused_attributes"  # in a fused module's __dict__: the names of what was added to it
@@ -99,7 +100,7 @@ def become(module: nn.Module, kind: type[nn.Module] | None = None, is_root: bool
     """
     own = original_of(module)
     cls = class_of(own, kind, is_root)
-    module.__class__ = cls
+    module.__class__ = _wrapped(type(module), cls)
     if not issubclass(cls, Fused):
         attributes["__module__"] = own.__module__  # by which torch.fx knows torch's layers, none of which it looks into
     added = tuple(name for name in attributes if name not in module.__dict__)
@@ -128,13 +129,23 @@ def refused(cls: type[nn.Module], kind: type[nn.Module] | None = None, is_root: 
     return None
 
 
+@cache
+def _wrapped(before: type, cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls`, and around it what PyTorch's fully_shard or replicate put around the module's class `before`."""
+    if not is_wrapper(before):
+        return cls
+    theirs, inner = before.__bases__
+    body = {name: value for name, value in vars(before).items() if name not in ("__dict__", "__weakref__")}
+    return type(before)(before.__name__.removesuffix(inner.__name__) + cls.__name__, (theirs, cls), body)
+
+
 def is_fused(module: nn.Module) -> bool:
     return KEPT in module.__dict__ or isinstance(module, Fused)  # the second alone: one that made itself anew, as a slice of a Sequential
 
 
 def original_of(module: nn.Module) -> type[nn.Module]:
-    """The class that the module had before it was fused."""
-    cls = type(module)
+    """The class that the module had before it was fused, without what fully_shard put around it."""
+    cls = own_class(module)
     if issubclass(cls, Fused):
         return cls._original
     return next(base for base in cls.__mro__ if not base.__module__.startswith("pyops.")) if is_fused(module) else cls
@@ -142,7 +153,7 @@ def original_of(module: nn.Module) -> type[nn.Module]:
 
 def restore(module: nn.Module) -> None:
     """Undoes `become`."""
-    module.__class__ = original_of(module)
+    module.__class__ = _wrapped(type(module), original_of(module))
     for name in (*module.__dict__.pop(KEPT, ()), "_kept", "_lays_out"):
         module.__dict__.pop(name, None)
 

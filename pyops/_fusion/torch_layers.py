@@ -6,6 +6,7 @@ import torch
 
 from pyops import nn
 from pyops._fusion.rules import Change, rule
+from pyops.nn._derived import own_class
 from pyops.nn.chain import ConvChain, grouped
 
 
@@ -19,7 +20,7 @@ from pyops.nn.chain import ConvChain, grouped
 @rule("torch.nn.modules.transformer.TransformerEncoderLayer")
 @rule("torch.nn.modules.transformer.TransformerDecoderLayer")
 def twin(module: torch.nn.Module) -> Change:
-    return Change(getattr(nn, type(module).__name__), whole=False)
+    return Change(getattr(nn, own_class(module).__name__), whole=False)
 
 
 @rule("torch.nn.modules.normalization.LocalResponseNorm")

@@ -65,9 +65,10 @@ class Derived:
 
     What counts as a change: a parameter, buffer or submodule replaced, a tensor written in place (by its version) or given other memory,
     a step of any optimizer, a hook added, a part's train or eval mode, one of a layer's OPTIONS. Writing through ``parameter.data`` in
-    place bumps no version; `Keeps` therefore drops the value in ``train`` and ``_apply`` (``module.to(...)``) as well. Threads may call
-    the module at once: what is kept is one object, which is replaced and never written. ``of_tensors=False``: the value depends on which
-    layers, options, hooks and parameters there are, not on what is written in them.
+    place bumps no version; `Keeps` therefore drops the value in ``train`` and ``_apply`` (``module.to(...)``) as well. Nothing is kept of
+    parameters that FSDP gathers, who writes so at every call. Threads may call the module at once: what is kept is one object, which is
+    replaced and never written. ``of_tensors=False``: the value depends on which layers, options, hooks and parameters there are, not on
+    what is written in them.
     """
 
     def __init__(self, of_tensors: bool = True):
@@ -127,12 +128,14 @@ class Keeps:
 
 
 def _state_of(module: nn.Module, of_tensors: bool) -> tuple | None:
-    """As `Kept` holds it, without what is written in tensors unless `of_tensors`; None when a tensor keeps no version (inference tensors),
-    so that nothing can be kept."""
+    """As `Kept` holds it, without what is written in tensors unless `of_tensors`; None when a tensor keeps no version (inference tensors,
+    FSDP's), so that nothing can be kept."""
     entries: list[tuple[dict, str, Any]] = []
     hooks: list[dict] = []
     versions, step = [], _last_step if of_tensors else None
     for part in module.modules():
+        if "_is_fsdp_managed_module" in part.__dict__:
+            return None
         entries += [(part.__dict__, "training", part.training), (part.__dict__, "forward", part.__dict__.get("forward"))]
         entries += [(part.__dict__, name, part.__dict__[name]) for name in OPTIONS if name in part.__dict__]
         entries += [(part._modules, name, child) for name, child in part._modules.items()]
@@ -186,4 +189,18 @@ def is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
     call of the part would run, and nobody records the layers one by one."""
     if _conv_call.is_recorded():
         return False
-    return all(kind_of(part) in kinds and (part is module or not has_hooks(part)) for part in module.modules())
+    return all(
+        (kind_of(part) in kinds or (part is module and own_class(module) in kinds)) and (part is module or not has_hooks(part))
+        for part in module.modules()
+    )
+
+
+def is_wrapper(cls: type) -> bool:
+    """Whether PyTorch's fully_shard or replicate made it: of a module's class, with a class of theirs before it."""
+    return cls.__module__.startswith("torch.distributed.") and len(cls.__bases__) == 2 and issubclass(cls.__bases__[1], nn.Module)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class, without what `is_wrapper` knows around it."""
+    cls = type(module)
+    return cls.__bases__[1] if is_wrapper(cls) else cls

@@ -46,7 +46,8 @@ def gains(parts: Any, backend: str | None, input: Tensor) -> bool:
     """Whether a convolution block alone trains sooner on the kernels than on PyTorch's layers. On a CPU that is so of depthwise and of
     Winograd convolutions and of those with pooling or repeated positions; others took 0.9 to 1.05 of PyTorch's time (2 cores of Zen 4)."""
     around = parts.pool is not None or parts.upsample == UPSAMPLINGS.index("nearest")
-    if not input.is_cpu or is_depthwise(parts.conv) or around or _backends.requested(backend) != "auto":
+    shares = _group(parts.norm) != ""  # statistics, for which PyTorch has no kernel on a CPU
+    if not input.is_cpu or is_depthwise(parts.conv) or around or shares or _backends.requested(backend) != "auto":
         return True
     return _conv_run.winograd(input, parts.conv.weight, shape_of(parts.conv)._replace(upsample=parts.upsample)) > 0
 
