@@ -1,16 +1,12 @@
 """Fused networks in two processes, on DistributedDataParallel and on FSDP2: what one process gets of the whole batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import pyops
 from pyops import _library
 
+from .processes import results_of
 from .two_ranks import NETWORKS, alone, batch, build
 
 pytestmark = [
@@ -23,16 +19,7 @@ CLOSE = dict(rtol=1e-4, atol=1e-5)
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """Of each process: its results by engine, network and whether what the engine needs of the model was done first."""
-    folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("two_ranks.py")
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent.parent)}
-    workers = [subprocess.Popen([sys.executable, str(script), str(rank), str(folder)], env=os.environ | environment) for rank in range(2)]
-    try:
-        assert [worker.wait(240) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return results_of("two_ranks.py", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module", params=NETWORKS)

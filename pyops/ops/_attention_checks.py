@@ -108,7 +108,7 @@ def _readable(t: Tensor) -> bool:
 
 def _lengths(op: str, name: str, t, B: int, most: int, like: Tensor) -> Tensor:
     if t is None:
-        return torch.full((B,), most, dtype=torch.int32, device=like.device)
+        return like.new_full((B,), most, dtype=torch.int32)
     _integers(op, name, t, B, like)
     if _readable(t) and B and (int(t.min()) < 0 or int(t.max()) > most):
         raise ValueError(f"{op}: {name}: expected values from 0 to {most}, got {int(t.min())} to {int(t.max())}")

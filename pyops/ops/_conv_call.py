@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyops import _backends, _library
+from pyops.ops import _sharding
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Nothing of ours has been measured on a GPU yet, so there PyTorch's ops come first.
@@ -49,7 +50,8 @@ def choose(op: str, backend: str | None, like: Tensor, eager_first: bool = False
     """The backend that runs a call on tensors such as `like`."""
     device = like.device.type
     reasons = lambda name: unsupported(device, like.dtype, name)  # noqa: E731
-    name = _backends.select(op, _backends.requested(backend), order(device, eager_first or is_recorded()), reasons)
+    eager_first = eager_first or is_recorded() or (_sharding.is_sharded(like) and op not in _sharding.PUBLIC)
+    name = _backends.select(op, _backends.requested(backend), order(device, eager_first), reasons)
     if not torch.compiler.is_compiling():
         _backends.log_choice(op, device, name)
     return name

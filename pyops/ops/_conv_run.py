@@ -23,6 +23,7 @@ from pyops.ops import (
     _vendor_conv,
     _winograd_ops,
 )
+from pyops.ops._sharding import is_sharded
 from pyops.ops._vendor_conv import UPSAMPLINGS, Conv, Pool
 from pyops.ops.depthwise_conv import fold
 
@@ -36,6 +37,7 @@ class Facts(NamedTuple):
     dtype: torch.dtype
     rank: int
     differentiable: bool
+    sharded: bool  # a DTensor, which PyTorch's ops know how to split
 
     def unsupported(self, backend: str) -> str | None:
         if backend == "vendor":
@@ -51,11 +53,12 @@ class Facts(NamedTuple):
         return name
 
     def order(self) -> tuple[str, ...]:
-        return ("eager",) if _conv_call.is_recorded() or self.dtype == torch.float64 else ORDER.get(self.device, ("vendor", "eager"))
+        plain = _conv_call.is_recorded() or self.dtype == torch.float64 or self.sharded
+        return ("eager",) if plain else ORDER.get(self.device, ("vendor", "eager"))
 
 
 def facts_of(op: str, input: Tensor, tensors) -> Facts:
-    return Facts(op, input.device.type, input.dtype, input.dim() - 2, _conv_call.needs_grad(*tensors))
+    return Facts(op, input.device.type, input.dtype, input.dim() - 2, _conv_call.needs_grad(*tensors), is_sharded(input))
 
 
 MOST_PLANS = 64  # shapes that a module remembers

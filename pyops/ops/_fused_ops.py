@@ -42,6 +42,7 @@ from pyops.ops import (  # noqa: F401  (registers the ops that `Kernels` looks u
     _window_attention_ops,
 )
 from pyops.ops._channel_ops import image_like, vector
+from pyops.ops._sharding import is_sharded
 
 _PARTS = (
     "channel_moments", "channel_apply", "channel_sums", "channel_reduce", "channel_grad", "channel_grad_",
@@ -297,7 +298,7 @@ def _direct(name: str, forward, run_backward, setup_context, autograd, different
 
 
 def _either(registered, direct) -> Callable:
-    return lambda *args: registered(*args) if torch.compiler.is_compiling() else direct(*args)
+    return lambda *args: registered(*args) if torch.compiler.is_compiling() or is_sharded(args[0]) else direct(*args)
 
 
 def define(name: str, schema: str, results: str, fake, forward, setup_context, autograd, backward: tuple, differentiable: int = 1) -> None:

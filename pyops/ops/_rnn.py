@@ -17,6 +17,7 @@ from torch import Tensor
 from pyops import _backends, _library
 from pyops.ops import _rnn_ops  # noqa: F401  (registers the torch ops)
 from pyops.ops._rnn_reference import CELL_NAMES, GATES, Cell, reference_layer
+from pyops.ops._sharding import is_sharded
 
 _Tensors = TypeVar("_Tensors", bound=tuple)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -56,6 +57,7 @@ class Facts(NamedTuple):
     has_lengths: bool
     needs_grad: bool
     compiling: bool
+    sharded: bool
 
     def __str__(self) -> str:
         name = CELL_NAMES[self.cell]
@@ -86,6 +88,8 @@ def unsupported(facts: Facts, backend: str) -> str | None:
         return "PyTorch's op has no reversed single direction"
     if facts.T == 0 or facts.B == 0 or facts.I == 0:
         return "PyTorch's op takes no empty sequence, batch or input"
+    if facts.sharded:
+        return "PyTorch's op takes no DTensor"
     return "under torch.compile PyTorch's op is unrolled over time" if facts.compiling else None
 
 
@@ -157,7 +161,7 @@ def run(op, cell, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, batch_f
         raise TypeError(f"{op}: input: expected a Tensor, got {type(input).__name__}")
     tensors = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
     compiling = torch.compiler.is_compiling()
-    plain = backend is None and not compiling and input.is_cpu and not _backends.overridden()
+    plain = backend is None and not compiling and input.is_cpu and not _backends.overridden() and not is_sharded(input)
     # Where a gradient may be asked for, PyTorch's own op may be the faster one: see _vendor_is_faster.
     ours = not torch.is_grad_enabled() or not (input.dtype == torch.bfloat16 or (single and GATES[cell] == 1))
     if plain and ours and _cpu_settled and input.dim() == (2 if single else 3):
@@ -209,6 +213,7 @@ def facts_of(cell, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, batch_
     return Facts(
         cell, input.device.type, input.dtype, T, B, input.shape[-1], weight_hh.shape[1], input.dim() == 2, reverse, lengths is not None,
         needs_grad((input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)), torch.compiler.is_compiling(),
+        is_sharded(input),
     )  # fmt: skip
 
 
@@ -266,7 +271,9 @@ def _check_lengths(op, input, lengths, B, T) -> None:
         raise ValueError(f"{op}: lengths: expected int64 of shape ({B},), got {lengths.dtype} of shape {tuple(lengths.shape)}")
     if lengths.device.type != "cpu" and lengths.device != input.device:
         raise ValueError(f"{op}: lengths: expected a tensor on the CPU or on input's device {input.device}, got {lengths.device}")
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere kernels clamp: looking would synchronise
+    if (
+        lengths.device.type == "cpu" and not torch.compiler.is_compiling() and not is_sharded(lengths)
+    ):  # elsewhere kernels clamp: looking would synchronise
         outside = lengths[(lengths < 0) | (lengths > T)]
         if outside.numel():
             raise ValueError(f"{op}: lengths: expected values in 0..{T}, got {int(outside[0])}")

@@ -17,6 +17,7 @@ from pyops.ops import (
     _conv_call,
     _fused_ops,
 )
+from pyops.ops._sharding import is_sharded
 
 OP = "flash_attention"
 
@@ -122,7 +123,7 @@ def _run(call: Call, name: str) -> tuple[Tensor, Tensor | None]:
         query, key, value = call.heads()
         return _attention_reference.forward(query, key, value, *call[3:])
     kernels = _fused_ops.KERNELS[_conv_call.overload(name)]
-    if torch.compiler.is_compiling() or _conv_call.needs_grad(*call[:4]):
+    if torch.compiler.is_compiling() or _conv_call.needs_grad(*call[:4]) or is_sharded(call.query):
         return kernels.attention_fwd(*call.tensors(), *call.options)
     return _attention_train.forward(kernels, *call.tensors(), *call.options)
 

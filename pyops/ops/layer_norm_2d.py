@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyops import _backends
 from pyops.ops import _conv_call, _fused_ops, _norm_train
+from pyops.ops._sharding import is_sharded
 
 OP = "layer_norm_2d"
 
@@ -44,7 +45,7 @@ def layer_norm_2d(
     if name == "eager":
         return _eager(input, weight, bias, eps)
     kernels = _fused_ops.KERNELS[_conv_call.overload(name)]
-    if live:
+    if live or is_sharded(input):
         return kernels.layer_norm_fwd(input, weight, bias, float(eps))
     return _norm_train.layer_norm(kernels, input, weight, bias, float(eps))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyops import _backends
 from pyops.ops import _activations, _conv_call, _linear_ops, _vendor_conv
+from pyops.ops._sharding import is_sharded
 
 OP = "linear_act"
 _onednn: Any = torch.ops.mkldnn
@@ -52,7 +53,7 @@ def linear_act(
 
 def run(name: str, input: Tensor, weight: Tensor, bias, residual, activation: int, slope: float, kept: dict | None = None) -> Tensor:
     """The layer without checks; `kept` holds what owners keep of the weight."""
-    if name == "eager" or (torch.is_grad_enabled() and _conv_call.needs_grad(input, weight, bias, residual)):
+    if name == "eager" or is_sharded(input) or (torch.is_grad_enabled() and _conv_call.needs_grad(input, weight, bias, residual)):
         y = F.linear(input, weight, bias)
         return _activations.apply(y if residual is None else y + residual, activation, slope)
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])

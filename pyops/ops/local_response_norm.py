@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyops import _backends
 from pyops.ops import _conv_call, _fused_ops, _norm_train
+from pyops.ops._sharding import is_sharded
 
 OP = "local_response_norm"
 ACTIVATIONS = ("none", "relu")
@@ -55,7 +56,9 @@ def local_response_norm(
         return _eager(input.relu() if relu else input, size, alpha, beta, k)
     kernels = _fused_ops.KERNELS[_conv_call.overload(name)]
     options = size, float(alpha), float(beta), float(k), relu
-    return kernels.lrn_fwd(input, *options) if _conv_call.needs_grad(input) else _norm_train.lrn(kernels, input, *options)
+    if _conv_call.needs_grad(input) or is_sharded(input):
+        return kernels.lrn_fwd(input, *options)
+    return _norm_train.lrn(kernels, input, *options)
 
 
 def _eager(a: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:

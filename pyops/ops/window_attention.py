@@ -18,6 +18,7 @@ from pyops.ops import (
     _window_attention_ops,
     _window_attention_train,
 )
+from pyops.ops._sharding import is_sharded
 
 OP = "window_attention"
 _MOST_LOGIT = math.log(100.0)  # Liu et al., 2022
@@ -87,7 +88,7 @@ def window_attention(
     if name == "eager":
         return _window_attention_ops.forward(*call)[0]
     kernels = _fused_ops.KERNELS[_conv_call.overload(name)]
-    if torch.compiler.is_compiling() or _conv_call.needs_grad(*call[:4]):
+    if torch.compiler.is_compiling() or _conv_call.needs_grad(*call[:4]) or is_sharded(call.qkv):
         return kernels.window_attention_fwd(*call)[0]
     return _window_attention_train.forward(kernels, *call)[0]
 
