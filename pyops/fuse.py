@@ -170,11 +170,19 @@ def _apply(module: nn.Module, change: Change) -> None:
 
 
 def unfuse(model: Model) -> Model:
-    """Undoes `fuse`, in place, and returns the model."""
+    """Undoes `fuse`, in place, and returns the model. What fully_shard put around a module's class stays.
+
+    Raises TypeError when `model` is no torch.nn.Module, RuntimeError where a fused module's class was changed by something else since, as
+    `torch.nn.utils.parametrize` changes it; the model is then as it was.
+    """
     _check(model, "unfuse")
-    for module in model.modules():
-        if classes.is_fused(module):
-            classes.restore(module)
+    fused = {name: module for name, module in model.named_modules() if classes.is_fused(module)}
+    for name, module in fused.items():
+        if classes.is_changed(module):
+            place = f"model.{name}" if name else "model"
+            raise RuntimeError(f"unfuse: {place}: expected the class that fuse gave it, got {type(module).__name__}; undo that first")
+    for module in fused.values():
+        classes.restore(module)
     return model
 
 

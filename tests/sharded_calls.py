@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import pyops
 
@@ -87,6 +88,8 @@ def cases() -> dict[str, Case]:
     found["lstm"] = recurrent(pyops.fused_lstm, 4, True)
     found["lstm_lengths"] = recurrent(pyops.fused_lstm, 4, False, torch.tensor([3, 1, 0, 2]))
     found["gru"] = recurrent(pyops.fused_gru, 3, False)
+    cell = lambda x, h, c, *weights: pyops.lstm_cell(x, (h, c), *weights)  # noqa: E731
+    found["lstm_cell"] = Case(cell, [r(4, 3), r(4, 5), r(4, 5), r(20, 3), r(20, 5)], [0, 0, 0, WHOLE, WHOLE], [0, 0])
     found["rnn"] = recurrent(pyops.fused_rnn, 1, True)
 
     image, scale, shift = r(4, 6, 4, 8), r(6), r(6)
@@ -147,6 +150,7 @@ def main(rank: int, folder: Path) -> None:
     for name, case in cases().items():
         for live in (True, False):
             found[name, live] = compare(run(case, live, mesh), run(case, live), mesh)
+    found["tensor_parallel"] = tensor_parallel(mesh)
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -158,6 +162,31 @@ def compare(ours, expected, mesh):
     parts = [(y.to_local(), distribute_tensor(t, mesh, y.placements).to_local()) for y, t in zip(results, expected[0], strict=True)]
     pairs = [(g.full_tensor(), t) for g, t in zip(gradients, expected[1], strict=True)]
     return parts, pairs, [y.placements[0].dim if y.placements[0].is_shard() else WHOLE for y in results], counts
+
+
+class SelfAttention(torch.nn.Module):
+    def __init__(self, size, heads):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (torch.nn.Linear(size, size) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        return self.out(pyops.flash_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def tensor_parallel(mesh):
+    """Outputs and weights' gradients with each process computing its heads, those of one process, and the collectives of the call."""
+    torch.manual_seed(0)
+    attention, x = SelfAttention(16, 4), torch.randn(2, 5, 16)
+    y = attention(x)
+    expected = [y.detach(), *torch.autograd.grad(y.square().sum(), list(attention.parameters()))]
+    columns = ColwiseParallel(use_local_output=False)
+    attention = parallelize_module(attention, mesh, {"query": columns, "key": columns, "value": columns, "out": RowwiseParallel()})
+    with CommDebugMode() as counter:
+        y = attention(x)
+    gradients = torch.autograd.grad(y.square().sum(), list(attention.parameters()))
+    return [y.detach() + 0, *(g.full_tensor() for g in gradients)], expected, counter.get_total_counts()
 
 
 if __name__ == "__main__":

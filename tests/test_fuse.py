@@ -56,6 +56,18 @@ def test_what_is_not_torchs_own_is_left_alone():
         pyops.fuse([])
 
 
+def test_a_class_changed_since():
+    """parametrize derives a class from the fused one: unfuse says so, and undoes nothing."""
+    model = pyops.fuse(torch.nn.ModuleList([Tagger(), torch.nn.GRU(3, 4)]))
+    before = [type(part) for part in model.modules() if part is not model[1]]
+    torch.nn.utils.parametrize.register_parametrization(model[1], "weight_hh_l0", torch.nn.Identity())
+    with pytest.raises(RuntimeError, match=r"unfuse: model\.1: expected the class that fuse gave it, got ParametrizedGRU; undo that first"):
+        pyops.unfuse(model)
+    torch.nn.utils.parametrize.remove_parametrizations(model[1], "weight_hh_l0")
+    assert [type(part) for part in model.modules() if part is not model[1]] == before
+    assert [type(rnn) for rnn in (pyops.unfuse(model)[1], model[0].rnns[1])] == [torch.nn.GRU, torch.nn.LSTM]
+
+
 class Block(torch.nn.Module):
     """A residual block as users write it."""
 

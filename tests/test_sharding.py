@@ -32,3 +32,10 @@ def test_parts(found, name, live):
         assert len(gradients) == (len(case.tensors) - len(case.fixed) if live else 0)
         assert splits == case.results
         assert [count > 0 for count in collectives] == [case.gathers[0], case.gathers[1] and live]
+
+
+def test_tensor_parallel_attention(found):
+    """Linear layers split by heads, as PyTorch splits them, around flash_attention: the one collective is the last layer's sum."""
+    for ours, expected, collectives in (rank["tensor_parallel"] for rank in found):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        assert collectives == 1

@@ -143,6 +143,12 @@ def is_fused(module: nn.Module) -> bool:
     return KEPT in module.__dict__ or isinstance(module, Fused)  # the second alone: one that made itself anew, as a slice of a Sequential
 
 
+def is_changed(module: nn.Module) -> bool:
+    """Whether a fused module's class was changed once more, by what `restore` cannot see through: parametrisations, for one."""
+    cls = own_class(module)
+    return "_original" not in vars(cls) and not cls.__module__.startswith("pyops.")
+
+
 def original_of(module: nn.Module) -> type[nn.Module]:
     """The class that the module had before it was fused, without what fully_shard put around it."""
     cls = own_class(module)
