@@ -103,7 +103,7 @@ def _runs(module: nn.Module, layers: dict[nn.Module, Node]) -> str:
     """Who runs a module: a numbered call with others, pyops alone, or PyTorch, which is said of all that is not known to be pyops'."""
     nodes = [layers[part] for part in module.modules() if part in layers]
     groups = {node.group for node in nodes}
-    ours = [node for node in nodes if is_ours(node.runner or node.module)]
+    ours = [node for node in nodes if node.ours]
     if groups <= {None} and len(ours) in (0, len(nodes)):
         return "pyops" if ours or (not nodes and is_ours(module)) else "PyTorch"
     if len(groups) > 1 or None in groups:

@@ -45,6 +45,7 @@ class Node:
     inside: tuple[Call, ...] = ()  # the calls around it, outermost first
     runner: nn.Module | None = None  # who ran the layer without calling it
     group: int | None = None  # a number shared by those that ran as one
+    ours: bool = False  # a layer that pyops runs
 
 
 class Edge(NamedTuple):
@@ -117,7 +118,7 @@ def trace(
         with _watched(model), flow.following(), flow:
             flow.start((inputs, options))
             flow.end(model(*inputs, **options))
-    _group(flow.trace.nodes, set(flow.trace.runs[-1].calls))
+    _group(flow.trace.nodes, flow.trace.runs[-1], set(model.modules()))
     return flow.trace
 
 
@@ -186,13 +187,20 @@ def _clock(model: nn.Module, *values: Any) -> Callable[[], float]:
     return now
 
 
-def _group(nodes: list[Node], called: set[nn.Module]) -> None:
-    """Neighbours that one call of a module ran, from the first layer among them on: what comes before it is the module's own."""
+def _group(nodes: list[Node], run: Run, own: set[nn.Module]) -> None:
+    """Neighbours that one call of a module ran, from the first layer among them on: what comes before it is the module's own.
+
+    own: the network's modules. Others are views of them; one that nobody called in the watched run was put aside for the hooks, and its
+    caller ran the layers by it.
+    """
     groups: list[list[Node]] = []
     last: Call | None = None
+    seen = {call.module for node in nodes for call in node.inside} | own
+    views = {caller for module, caller in run.callers.items() if module not in seen and is_ours(module)}
+    called = run.calls
     for node in nodes:
-        own = node.module in called or not node.inside
-        runner = None if own else next((call for call in reversed(node.inside) if call.module in called), None)
+        alone = node.module in called or not node.inside
+        runner = None if alone else next((call for call in reversed(node.inside) if call.module in called), None)
         if runner is not None and runner is last:
             groups[-1].append(node)
         elif runner is not None and node.module is not None:
@@ -200,8 +208,9 @@ def _group(nodes: list[Node], called: set[nn.Module]) -> None:
             last = runner
         else:
             last = None
-        if runner is not None and node.module is not None:
-            node.runner = runner.module
+        if node.module is not None:
+            node.runner = None if runner is None else runner.module
+            node.ours = is_ours(node.runner or node.module) or node.runner in views
     for number, group in enumerate((group for group in groups if len(group) > 1), 1):
         for node in group:
             node.group = number

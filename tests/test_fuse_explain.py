@@ -197,6 +197,15 @@ def test_scripted_layers_are_one():
 
 
 @auto
+def test_a_block_seen_through_a_view():
+    """Which is put aside where layers are watched, and run where they are not."""
+    model = pyops.models.mobilenet_v2(width_mult=0.1, inverted_residual_setting=[[1, 8, 1, 1], [6, 8, 2, 1]])
+    found = pyops.explain(model, torch.randn(1, 3, 32, 32))
+    blocks = [row for row in found.rows if row.runs.startswith("one call: InvertedResidual")]
+    assert len(blocks) == 3 and all(row.ours and not row.reason and len(row.names) > 4 for row in blocks)
+
+
+@auto
 def test_autocast():
     model = pyops.fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
     assert by_name(pyops.explain(model, IMAGE))["0"].ours

@@ -150,11 +150,12 @@ def _measured(model: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, A
         layers = {node.name: type(node.module).__name__ for node in nodes if node.module is not None}
         functions = tuple(dict.fromkeys(node.name for node in nodes if node.module is None))
         calls = found.runs[-1].calls[runner]
-        ours = is_ours(runner)
+        ours = is_ours(runner) or any(node.ours for node in nodes)
         reason = "" if ours else why.of(nodes[0]) if nodes and nodes[0].module is runner else why.own(runner) or ""
         shown = layers or {names.get(runner) or type(runner).__name__: type(runner).__name__}
         between = "Python between layers" if runner in callers else "PyTorch"
-        runs = _how(runner, len(layers), functions, calls, between)
+        runs = _how(kind_of(runner).__name__, ours, len(layers), functions, between)
+        runs = runs if calls == 1 else f"{runs}, {calls} times"
         share = times[runner] / total
         rows.append(Row(tuple(shown), tuple(shown.values()), functions, runs, ours, reason, calls, times[runner], share))
     sizes = ", ".join(_size(value) for value in (*inputs, *options.values()))
@@ -200,15 +201,13 @@ def _milliseconds(model: nn.Module, found: Trace, groups: dict[nn.Module, list[N
     return {runner: statistics.median(values) for runner, values in each.items()}
 
 
-def _how(runner: nn.Module, layers: int, functions: tuple[str, ...], calls: int, otherwise: str) -> str:
-    kind, beside = kind_of(runner).__name__, f" with {_listed(functions)}" if functions else ""
-    if layers == 0 and not is_ours(runner):
-        text = f"PyTorch's functions: {_listed(functions)}" if functions else otherwise
-    elif layers + len(functions) > 1 and layers > 0:
-        text = ("one call: " if is_ours(runner) else "one call: PyTorch's ") + kind + beside
-    else:
-        text = f"pyops: {kind}" if is_ours(runner) else "PyTorch"
-    return text if calls == 1 else f"{text}, {calls} times"
+def _how(kind: str, ours: bool, layers: int, functions: tuple[str, ...], otherwise: str) -> str:
+    if layers == 0 and not ours:
+        return f"PyTorch's functions: {_listed(functions)}" if functions else otherwise
+    if layers == 0 or layers + len(functions) == 1:
+        return f"pyops: {kind}" if ours else "PyTorch"
+    beside = f" with {_listed(functions)}" if functions else ""
+    return f"one call: {kind}{beside}" if ours else f"one call: PyTorch's {kind}{beside}"
 
 
 def _listed(names: Sequence[str]) -> str:
