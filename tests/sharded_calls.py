@@ -102,7 +102,7 @@ def cases() -> dict[str, Case]:
     found["depthwise_batch"] = Case(depthwise, [r(5, 6, 4, 4), r(6, 1, 3, 3), shift], [0, WHOLE, WHOLE], [0, 0])
     found["depthwise_channels"] = Case(depthwise, [image, r(6, 1, 3, 3), shift], [1, 0, 0], [1, 1])
     squeeze = [image, r(3, 6), r(3), r(6, 3), r(6)]
-    found["squeeze_excite"] = Case(lambda *t: pyops.squeeze_excite(*t, backend="cpu"), squeeze, [0, *[WHOLE] * 4], [0])
+    found["squeeze_excite"] = Case(pyops.squeeze_excite, squeeze, [0, *[WHOLE] * 4], [0])
     rows, weight, out = r(8, 6), r(4, 6), r(4)
     linear = lambda *t: pyops.linear_act(*t, activation="relu")  # noqa: E731
     found["linear_rows"] = Case(linear, [rows, weight, out], [0, WHOLE, WHOLE], [0])
@@ -117,7 +117,7 @@ def cases() -> dict[str, Case]:
 
 
 def depthwise(x, weight, bias):
-    return pyops.depthwise_conv_bn_act(x, weight, bias, padding=1, activation="silu", return_means=True, backend="cpu")
+    return pyops.depthwise_conv_bn_act(x, weight, bias, padding=1, activation="silu", return_means=True)
 
 
 def run(case: Case, live: bool, mesh=None):

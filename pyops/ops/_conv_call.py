@@ -17,9 +17,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ORDER = {"cpu": ("cpu", "eager"), "cuda": ("eager", "cuda", "triton")}
 
 
-def order(device: str, eager_first: bool = False) -> tuple[str, ...]:
-    """What "auto" tries, in this order. eager_first: for a call that PyTorch's ops were measured to do sooner on a CPU."""
+def order(device: str, eager_first: bool = False, sharded: bool = False) -> tuple[str, ...]:
+    """What "auto" tries, in this order. eager_first: for a call that PyTorch's ops were measured to do sooner on a CPU; sharded: for one
+    that our ops have a rule to split by, where the ops that PyTorch's way is made of may gather."""
     found = ORDER.get(device, ("eager",))
+    if sharded:
+        return (*(name for name in found if name != "eager"), "eager")
     return found[::-1] if eager_first and device == "cpu" else found
 
 
@@ -50,8 +53,10 @@ def choose(op: str, backend: str | None, like: Tensor, eager_first: bool = False
     """The backend that runs a call on tensors such as `like`."""
     device = like.device.type
     reasons = lambda name: unsupported(device, like.dtype, name)  # noqa: E731
-    eager_first = eager_first or is_recorded() or (_sharding.is_sharded(like) and op not in _sharding.PUBLIC)
-    name = _backends.select(op, _backends.requested(backend), order(device, eager_first), reasons)
+    sharded = _sharding.is_sharded(like)
+    eager_first = eager_first or is_recorded() or sharded
+    names = order(device, eager_first, sharded and op in _sharding.PUBLIC)
+    name = _backends.select(op, _backends.requested(backend), names, reasons)
     if not torch.compiler.is_compiling():
         _backends.log_choice(op, device, name)
     return name
@@ -120,6 +125,8 @@ def check_tensor(op: str, name: str, t, like: Tensor | None = None, shape: tuple
         return
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name}: expected a Tensor{' or None' if optional else ''}, got {type(t).__name__}")
+    if like is None:
+        _sharding.is_sharded(t)  # with the rules in place, whatever runs the call
     if not t.is_floating_point():
         raise ValueError(f"{op}: {name}: expected a floating tensor, got {t.dtype}")
     if shape is not None and tuple(t.shape) != shape:

@@ -29,9 +29,9 @@ class Split(NamedTuple):
 
 
 RULES: dict[str, Callable[..., Split]] = {}
-PUBLIC = {  # functions whose ops have rules; the convolutions' other functions leave DTensors to PyTorch's ops
-    "flash_attention", "window_attention", "layer_norm_2d", "local_response_norm", "depthwise_conv_bn_act", "squeeze_excite"
-}  # fmt: skip
+PUBLIC = (  # functions of images whose ops have rules; the others leave DTensors to PyTorch's ops
+    "layer_norm_2d", "local_response_norm", "depthwise_conv_bn_act", "squeeze_excite"
+)  # fmt: skip
 
 
 def is_sharded(t: Tensor) -> bool:

@@ -137,6 +137,8 @@ def _order(call: Call) -> tuple[str, ...]:
         return ("vendor", "eager")
     if _conv_call.is_recorded():  # forward-mode gradients, which PyTorch's op has none of
         return ("eager",)
+    if is_sharded(call.query):  # ours have rules for every argument
+        return ("cpu", "cuda", "triton", "vendor", "eager")
     return ORDER.get(call.query.device.type, ("vendor", "eager"))
 
 

@@ -82,7 +82,8 @@ def window_attention(
     """
     call = prepare(qkv, num_heads, window_size, shift_size, relative_position_bias_table, qkv_bias, logit_scale, scale, dropout_p, seed)
     reasons = lambda name: _unsupported(call, name)  # noqa: E731
-    name = _backends.select(OP, _backends.requested(backend), _conv_call.order(qkv.device.type, _conv_call.is_recorded()), reasons)
+    order = _conv_call.order(qkv.device.type, _conv_call.is_recorded(), is_sharded(qkv))
+    name = _backends.select(OP, _backends.requested(backend), order, reasons)
     if not torch.compiler.is_compiling():
         _backends.log_choice(OP, qkv.device.type, name)
     if name == "eager":
