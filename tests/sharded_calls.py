@@ -110,6 +110,8 @@ def cases() -> dict[str, Case]:
     norm = lambda x, *t: pyops.batch_norm_act(x, *t, activation="relu", backend="cpu")  # noqa: E731
     statistics = [r(6), torch.rand(6, generator=generator) + 0.5, scale, shift]
     found["batch_norm"] = Case(norm, [image, *statistics], [0, *[WHOLE] * 4], [0], (1, 2), (False, True))
+    of_batch = lambda x, *t: pyops.batch_norm_act(x, None, None, *t, training=True)  # noqa: E731
+    found["batch_statistics"] = Case(of_batch, [image, scale, shift], [0, WHOLE, WHOLE], [WHOLE], gathers=(True, True))
     capsules = lambda x: pyops.capsule_routing(x, backend="cpu")  # noqa: E731
     found["capsules"] = Case(capsules, [r(4, 3, 5, 6)], [0], [WHOLE], gathers=(True, True))
     found["pointwise"] = Case(pyops.pointwise_conv, [image, r(4, 6), r(4)], [0, WHOLE, WHOLE], [0])
