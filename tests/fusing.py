@@ -55,9 +55,11 @@ def facts(model: nn.Module) -> list[tuple]:
     return [(name, type(part), sorted(part.__dict__)) for name, part in model.named_modules()]
 
 
-def check_fused(model: nn.Module, inputs: Callable[[], tuple], train: bool = False, random: bool = False) -> bool:
+def check_fused(
+    model: nn.Module, inputs: Callable[[], tuple], train: bool = False, random: bool = False, images_last: bool = False
+) -> bool:
     """Holds the model, fused, to its twin; whether anything of it was fused. random: its numbers are drawn in the inputs' dtype, so that
-    only eager's float32 knows them."""
+    only eager's float32 knows them. images_last: eager's rounding is measured in the layout that fused models work in."""
     model.train(train)
     twin, before = copy.deepcopy(model), facts(model)
     truth, start = copy.deepcopy(model).double(), copy.deepcopy(model.state_dict())
@@ -69,7 +71,8 @@ def check_fused(model: nn.Module, inputs: Callable[[], tuple], train: bool = Fal
         torch.manual_seed(seed)
         given = inputs()
         found = []
-        for network, values in ((model, given), (truth, in_double(given)), (twin, given)):
+        laid_out = tuple(x.contiguous(memory_format=torch.channels_last) for x in given) if images_last else given
+        for network, values in ((model, given), (truth, in_double(given)), (twin, laid_out)):
             network.load_state_dict(start)
             found.append(results(network, values))
         return found

@@ -108,10 +108,9 @@ def _rewritten(method: types.FunctionType, cls: type, owner: str) -> types.Funct
         return None
     try:
         lines, first = inspect.getsourcelines(method)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, TypeError, SyntaxError, IndentationError):
+        function = ast.parse("class _:\n" + "".join(lines)).body[0].body[0]  # type: ignore[attr-defined]
+    except (OSError, TypeError, SyntaxError):
         return None
-    function = tree.body[0]
     if not isinstance(function, ast.FunctionDef) or function.decorator_list or getattr(function, "type_params", ()):
         return None
     if function.name != code.co_name or any(_is_peculiar(node) for node in ast.walk(function)):

@@ -113,7 +113,9 @@ def _make(owner: nn.Module, names: Names) -> Plan:
         else:
             key = name.removeprefix("?")
             layer = getattr(owner, key)
-            places.append((owner._modules if key in owner._modules else owner.__dict__, key, layer))
+            places.append((owner._modules, key, owner._modules.get(key)))
+            if key not in owner._modules:
+                places.append((owner.__dict__, key, layer))
             if layer is not None or key == name:
                 layers.append(layer)
     steps = grouped(layers)

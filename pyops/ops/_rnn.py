@@ -247,7 +247,7 @@ def check(op, cell, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, batch
         raise ValueError(f"{op}: weight_hh: expected [{f'{G}*H' if G > 1 else 'H'}, H] with H > 0, got shape {tuple(weight_hh.shape)}")
     H, I, B = weight_hh.shape[1], input.shape[-1], input.shape[0 if single or batch_first else 1]
     shapes = dict(weight_ih=(G * H, I), weight_hh=(G * H, H), bias_ih=(G * H,), bias_hh=(G * H,), h0=(B, H), c0=(B, H))
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
     for name, t in named.items():
         if t is None:
             continue
