@@ -345,7 +345,7 @@ class Skips(Base):
         out = self.bn1(out)
         if self.skip is not None:
             out = self.skip(out)
-        if self.training:
+        if self.training:  # noqa: SIM108
             out = self.relu(out)
         else:
             out = self.act(out)
@@ -436,7 +436,7 @@ lines"""
 class RenamesSelf(Base):
     def forward(self, x):
         out = self.bn1(self.conv1(x))
-        self = self.down
+        self = self.act
         return self(out)
 
 
@@ -548,6 +548,8 @@ CASES = [
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
 def test_manners(make, train):
+    if train and make in (WrittenInShortcut, WrittenInExpression):
+        pytest.skip("torch has no gradient of an input that was written to")
     torch.manual_seed(0)
     check_fused(make(), image(), train)
 

@@ -60,7 +60,7 @@ class Rewritten:
 
 TAKEN = frozenset(  # names that a module to be fused has no use of its own for
     name for base in (Fused, Rewritten, ImageRoot) for name in vars(base) if not name.startswith("__") and not hasattr(nn.Module, name)
-) | {KEPT, "_lays_out"}
+) | {KEPT, "_lays_out", *Fused.__annotations__}
 
 
 def _restore(original: type[nn.Module], kind: type[nn.Module] | None, is_root: bool) -> nn.Module:

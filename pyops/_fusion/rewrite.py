@@ -261,7 +261,7 @@ class _Rewriter:
                 if more is not None:
                     tail = (*more, [])
                 continue
-            skipped = self.sum_behind(statements[count:], target)
+            skipped = self.sum_behind(statements[count:], target, run.names)
             if skipped:
                 between, count = statements[count : count + skipped], count + skipped
                 continue
@@ -272,6 +272,8 @@ class _Rewriter:
                 break
             tail[2].extend(names)
             target, count = result, count + 1
+        if tail is not None and any(_touches(node, "", run.names) for node in ast.walk(tail[1])):
+            return 0, []  # a layer that runs in the residual too, and has to run in its order
         if len(run.names) + (0 if tail is None else 1 + len(tail[2])) < 2:
             return 0, []
         self.changed = True
@@ -326,8 +328,8 @@ class _Rewriter:
         names, inner = self.peel(call)
         return [f"?{child}"] if names == [child] and isinstance(inner, ast.Name) and inner.id == name else None
 
-    def sum_behind(self, statements: list[ast.stmt], name: str) -> int:
-        """How many statements that do not touch `name` come before one that adds to it; 0: they touch it, or none does."""
+    def sum_behind(self, statements: list[ast.stmt], name: str, layers: list[str]) -> int:
+        """How many statements that do not touch `name`, nor `layers`, come before one that adds to it; 0: they do, or none adds."""
         for i, statement in enumerate(statements):
             more, names, _ = self.goes_on(statement, name)
             if names is not None:
@@ -337,7 +339,7 @@ class _Rewriter:
             leaves = any(
                 isinstance(node, (ast.Return, ast.Raise, ast.Break, ast.Continue, ast.Yield, ast.Await, ast.With)) for node in nodes
             )
-            if not isinstance(statement, allowed) or leaves or any(isinstance(node, ast.Name) and node.id == name for node in nodes):
+            if not isinstance(statement, allowed) or leaves or any(_touches(node, name, layers) for node in nodes):
                 return 0
         return 0
 
@@ -427,6 +429,11 @@ class _Handing(ast.NodeTransformer):
             return node
         self.rewriter.changed = True
         return ast.copy_location(ast.Call(ast.Name(name, ast.Load()), [node], []), node)
+
+
+def _touches(node: ast.AST, name: str, layers: list[str]) -> bool:
+    """Whether it is that variable or an attribute called as one of the layers."""
+    return (isinstance(node, ast.Name) and node.id == name) or (isinstance(node, ast.Attribute) and node.attr in layers)
 
 
 def _assigned(statement: ast.stmt) -> tuple[str | None, ast.expr | None]:

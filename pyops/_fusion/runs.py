@@ -6,6 +6,7 @@ added, or a key of FUNCTIONS. What no kernel stands for is called as the forward
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class Plan(NamedTuple):
     early: list[Any]  # before the residual
     sum: Any  # takes the residual; None: there is none in a view
     late: list[Any]
+    waits: bool  # the sum's layers are the owner's at one place alone: called elsewhere too, batch norm has to see its inputs in order
 
     def holds(self, owner: nn.Module) -> bool:
         if self.owner is not owner.__dict__:
@@ -63,7 +65,7 @@ def begin(owner: nn.Module, names: Names, input: Any, firm: bool) -> Any:
     at = place_of_sum(names)
     if not runs_apart(input):
         found = plan(owner, names)
-        if found.sum is not None and (firm or any(isinstance(step, ConvChain) for step in found.early)):
+        if found.sum is not None and (firm or (found.waits and any(isinstance(step, ConvChain) for step in found.early))):
             for step in found.early:
                 input = step(input)
             return Held(found, input)
@@ -122,7 +124,10 @@ def _make(owner: nn.Module, names: Names) -> Plan:
     at = next((i for i, (_, adds) in enumerate(steps) if adds), len(steps))
     takes = at < len(steps) and isinstance(steps[at][0], ConvChain)
     only = [step for step, _ in steps]
-    return Plan(owner.__dict__, places, only[:at], only[at] if takes else None, only[at + 1 :])
+    view = only[at] if takes else None
+    seen = Counter(part for _, part in owner.named_modules(remove_duplicate=False))
+    waits = view is not None and all(seen[layer] < 2 for layer in view)
+    return Plan(owner.__dict__, places, only[:at], view, only[at + 1 :], waits)
 
 
 def _call(owner: nn.Module, name: str, input: Any) -> Any:

@@ -195,7 +195,7 @@ def _call(overload, cell, *args):
 def _autocast(tensors: _Tensors) -> _Tensors:
     """Under autocast every tensor in its dtype, float64 excepted, as torch casts the arguments of its own RNNs."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)  # type: ignore[return-value]
