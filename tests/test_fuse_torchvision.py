@@ -111,6 +111,7 @@ NETWORKS = {
     "resnet18": (lambda: short("resnet18"), 32),
     "resnet50": (lambda: short("resnet50"), 32),
     "resnext50_32x4d": (lambda: short("resnext50_32x4d"), 32),
+    "shufflenet_v2_x0_5": (lambda: models.shufflenet_v2_x0_5(num_classes=7), 64),
     "squeezenet1_0": (lambda: short("squeezenet1_0"), 32),
     "squeezenet1_1": (lambda: short("squeezenet1_1"), 32),
     "swin_t": (swin, 32),
