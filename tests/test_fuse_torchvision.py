@@ -3,9 +3,14 @@
 Left out are only bigger members of the same code.
 """
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
+
+import pyops
 
 from .fused import check_inference, check_training
 
@@ -159,3 +164,38 @@ def test_training(name):
     torch.manual_seed(0)
     found = check_training(make(), images(32, 4))
     assert {kind: found[kind] for kind in expected} == expected
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_hooks_copies_and_autocast(name):
+    """Hooks in blocks fire as they do in torchvision's; copies compute the same; autocast gives the dtype that it does there."""
+    torch.manual_seed(0)
+    model, x = BLOCKS[name][0]().eval(), images(32, 2)
+    eager = copy.deepcopy(model)
+    pyops.fuse(model)
+    calls: list[list[str]] = []
+    with torch.no_grad():
+        expected = eager(x)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = model(x), eager(x)
+        assert ours.dtype == theirs.dtype and (ours - theirs).norm() <= 0.05 * theirs.norm()
+        for network in (model, eager):
+            seen: list[str] = []
+            for part, module in network.named_modules():
+                if part.endswith("out_proj"):
+                    continue  # torch's attention does not call this layer, ours does
+                module.register_forward_hook(lambda *_, part=part, seen=seen: seen.append(part))
+            torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)
+            calls.append(seen)
+    assert calls[0] == calls[1]
+
+
+def test_a_residual_is_added_in_place():
+    block = efficient().features[3][0].eval()
+    assert block.use_res_connect
+    x, eager = torch.randn(1, 16, 8, 8), copy.deepcopy(block)
+    pyops.fuse(block)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert block(x).dtype == eager(x).dtype == torch.bfloat16
