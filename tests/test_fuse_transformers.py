@@ -76,7 +76,8 @@ def whisper():
 
 
 def clip():
-    text, vision = dict(**SIZES, **TEXT, eos_token_id=2), dict(**SIZES, image_size=16, patch_size=4)
+    sizes = SIZES | dict(num_hidden_layers=1)
+    text, vision = dict(**sizes, **TEXT, eos_token_id=2), dict(**sizes, image_size=16, patch_size=4)
     return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
 
 
