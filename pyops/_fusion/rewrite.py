@@ -43,8 +43,6 @@ ACTIVATIONS: dict[Any, type[nn.Module]] = {
     torch.sigmoid: nn.Sigmoid, F.sigmoid: nn.Sigmoid, torch.tanh: nn.Tanh, F.tanh: nn.Tanh, F.hardsigmoid: nn.Hardsigmoid,
     F.leaky_relu: nn.LeakyReLU,
 }  # fmt: skip
-HANDED: dict[tuple[str, str], str] = {}  # (class of a global, its method) -> the function of RUNTIME that makes another of its result
-RENEWED: set[tuple[str, str]] = set()  # (module, name) of wrappers that a class' `__init_subclass__` puts around its methods
 POOLS: dict[Any, type[nn.Module]] = {F.max_pool2d: nn.MaxPool2d, F.avg_pool2d: nn.AvgPool2d}
 PECULIAR = (
     ast.Try, ast.Global, ast.Nonlocal, ast.Delete, ast.Match, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom, ast.ClassDef,
@@ -52,6 +50,8 @@ PECULIAR = (
 JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 PLACES = frozenset(("as_strided", "as_strided_", "data_ptr", "storage", "untyped_storage", "storage_offset"))
 LOOKS_IN = frozenset(("locals", "vars", "eval", "exec", "dir"))  # functions that see a method's variables
+HANDED: dict[tuple[str, str], str] = {}  # (class of a global, its method) -> the function of RUNTIME that makes another of its result
+RENEWED: set[tuple[str, str]] = set()  # (module, name) of wrappers that a class' `__init_subclass__` puts around its methods
 
 
 def _methods(cls: type) -> Iterator[types.FunctionType]:
@@ -164,6 +164,8 @@ def _compiled(function: ast.FunctionDef, method: types.FunctionType, first: int,
     assert isinstance(place, ast.ClassDef)
     place.body = [function]
     outer.body = [*ast.parse("\n".join(f"{name} = None" for name in cells if name != "__class__")).body, place]
+    if owner not in cells:
+        outer.body.insert(0, ast.Global([owner]))  # as the method means its class' name
     module = ast.Module([outer], [])
     ast.increment_lineno(function, first - function.lineno)
     ast.fix_missing_locations(module)

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyops import _backends
-from pyops._fusion import classes, rewrite, rules, runs
+from pyops._fusion import classes, rewrite, rules
 from pyops._fusion.rules import Change, digest_of_function, rule
 from pyops.nn._derived import has_hooks
-from pyops.nn.chain import Chained, ConvChain
+from pyops.nn.chain import Chained, ConvChain, runs_apart
 from pyops.nn.conv import DropPath, can_fold
 from pyops.nn.convnext import ConvNeXtBlock, Permute
 from pyops.ops import _conv_call
@@ -46,8 +46,8 @@ def attention(function: Any) -> Any:
     return partial(_attend, function) if digest_of_function(function) in SDPA_DIGESTS else function
 
 
-rewrite.RUNTIME["__pyops_attention"] = attention
-rewrite.HANDED["transformers.modeling_utils.AttentionInterface", "get_interface"] = "__pyops_attention"
+rewrite.RUNTIME["__pyops_attention__"] = attention
+rewrite.HANDED["transformers.modeling_utils.AttentionInterface", "get_interface"] = "__pyops_attention__"
 rewrite.RENEWED.add(("transformers.modeling_layers", "forward_with_checkpointing"))
 
 
@@ -242,7 +242,7 @@ class ResidualLayer(Chained):
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         block: Any = self
-        view = None if runs.is_plain(hidden_state) else self._view()
+        view = None if runs_apart(hidden_state) else self._view()
         if view is None:
             return super().forward(hidden_state)  # type: ignore[misc]
         y = hidden_state
