@@ -146,6 +146,8 @@ def test_images_in_channels_last_inside(network, wanted):
         model(x)
         model(x)
     assert seen[-1] is wanted
+
+
 def test_what_is_said_of_a_module(capsys):
     """Of the second model as of the first: what was found out about a class stays that."""
 
