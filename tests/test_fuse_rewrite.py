@@ -54,6 +54,12 @@ class AddedToLater(Base):
         return a
 
 
+class NamesItself(Base):
+    def forward(self, x):
+        x = self.act(self.bn1(self.conv1(x)))
+        return x if isinstance(self, NamesItself) else -x
+
+
 class CapturedByLambda(Base):
     def forward(self, x):
         read = lambda: out  # noqa: E731
@@ -541,7 +547,7 @@ CASES = [
     AddsNumber, AddsDouble, AddsBroadcast, WrittenInShortcut, WrittenInExpression, SharedNorm, SharedBySubmodule, PlainFunction,
     OddCallables, Swaps, Shadowed, Arguments, CallsParent, CallsParentByName, Inherits, AsksForClass, AsksForClassToo, Called, Decorated,
     Generates, Skips, Imported, LocalF, AssignedF, ImportsInside, DefinesInside, closed_over, Mangled, OtherMethods, LongText, RenamesSelf,
-    LooksAtVariables, WithRequired, OfMetaclass, Slots, NamesOfOurs, KeepsItself, ReadsMemory, Contexts, Views,
+    LooksAtVariables, WithRequired, OfMetaclass, Slots, NamesOfOurs, KeepsItself, ReadsMemory, Contexts, Views, NamesItself,
 ]  # fmt: skip
 
 
