@@ -15,7 +15,7 @@ from pyops._fusion import runs
 from pyops._fusion.rules import Change, alias, rule
 from pyops.nn import _mlp, _training, attention, conv, convnext, densenet, norm
 from pyops.nn._derived import ALIASES, Derived, has_hooks, is_plain, kind_of
-from pyops.nn.chain import Chained, ConvChain
+from pyops.nn.chain import Chained, ConvChain, runs_apart
 from pyops.nn.conv import BatchNormAct, can_fold, inside, name_of
 from pyops.nn.mbconv import MBConv
 from pyops.ops.window_attention import window_attention
@@ -66,7 +66,7 @@ class _Squeeze(conv.SqueezeExcitation):
     """Squeeze-excitation whose layers have other names, between which there may be some that do nothing."""
 
     def forward(self, input: Tensor, means: Tensor | None = None) -> Tensor:
-        if runs.is_plain(input) or not self.is_standard():
+        if runs_apart(input) or not self.is_standard():
             return super(conv.SqueezeExcitation, self).forward(input)
         return super().forward(input, means)
 
@@ -88,6 +88,8 @@ class SqueezeExcite(_Squeeze):
 class SEModule(_Squeeze):
     """The one of timm's residual networks."""
 
+    add_maxpool: bool
+    bn: nn.Module
     activation = property(lambda self: self.act)
     scale_activation = property(lambda self: self.gate)
 
@@ -98,7 +100,7 @@ class SEModule(_Squeeze):
 class _Block(MBConv):
     """The layers of a block of timm's, as MBConv has them."""
 
-    def __init__(self, layers: list[Any], drop: nn.Module, adds: bool, expands: bool):
+    def __init__(self, layers: list[Any], drop: conv.DropPath, adds: bool, expands: bool):
         nn.Module.__init__(self)
         self.block = nn.Sequential(*layers)
         self.stochastic_depth = drop
@@ -114,7 +116,7 @@ class DepthwiseSeparableConv(Viewed):
     last: tuple[str, ...] = ("conv_pw", "bn2")
 
     def forward(self, x: Tensor) -> Tensor:
-        view = None if runs.is_plain(x) else self.view(self.make, self.has_skip)
+        view = None if runs_apart(x) else self.view(self.make, self.has_skip)
         return super().forward(x) if view is None else view(x)
 
     def make(self) -> _Block | None:
@@ -145,8 +147,8 @@ class LayerNorm2d(norm.LayerNorm2d):
     backend = None
 
     def forward(self, input: Tensor) -> Tensor:
-        plain = runs.is_plain(input) or self._fast_norm or input.dim() != 4  # type: ignore[attr-defined]
-        return super(norm.LayerNorm2d, self).forward(input) if plain else super().forward(input)  # type: ignore[misc]
+        plain = runs_apart(input) or self._fast_norm or input.dim() != 4  # type: ignore[attr-defined]
+        return super(norm.LayerNorm2d, self).forward(input) if plain else super().forward(input)
 
     def extra_repr(self) -> str:
         return super(norm.LayerNorm2d, self).extra_repr()
@@ -171,14 +173,21 @@ def _is_still(layer: Any) -> bool:
 class Mlp(Chained, nn.Module):
     """Two linear layers with an activation between; where it is GELU, they are one kernel in inference."""
 
+    fc1: Any
+    act: Any
+    drop1: Any
+    norm: Any
+    fc2: Any
+    drop2: Any
+
     def forward(self, x: Tensor) -> Tensor:
         output = self.infer(x)
         return runs.run(self, ("fc1", "act", "drop1", "norm", "fc2", "drop2"), x) if output is None else output
 
     def infer(self, x: Tensor, norm: Any = None, scale: Any = None, residual: Tensor | None = None) -> Tensor | None:
         """``scale(mlp(norm(x))) + residual`` by one kernel; None where there is none for the call."""
-        widen: Any = self.fc1
-        if runs.is_plain(x) or x.dim() < 2 or kind_of(widen) is not nn.Linear or not can_fold(widen.weight, x):
+        widen = self.fc1
+        if runs_apart(x) or x.dim() < 2 or kind_of(widen) is not nn.Linear or not can_fold(widen.weight, x):
             return None
         C = x.shape[-1]
         name = _mlp.backend_for(None, x, C)
@@ -218,7 +227,7 @@ class Attention(attention.Attention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         both = is_causal and attn_mask is not None
         if both or x.dim() != 3 or not self.is_standard():
-            return super(attention.Attention, self).forward(x, attn_mask, is_causal)  # type: ignore[misc]
+            return super(attention.Attention, self).forward(x, attn_mask, is_causal)
         return super().forward(x, attn_mask, is_causal)
 
     def is_standard(self) -> bool:
@@ -230,6 +239,15 @@ class Attention(attention.Attention):
 
 class Block(nn.Module):
     """A vision transformer's."""
+
+    norm1: Any
+    attn: Any
+    ls1: Any
+    drop_path1: Any
+    norm2: Any
+    mlp: Any
+    ls2: Any
+    drop_path2: Any
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
@@ -248,6 +266,17 @@ alias("timm.models.swin_transformer.WindowAttention", WindowAttention, "2c058cd7
 class SwinTransformerBlock(nn.Module):
     """Windows are found on the map as the qkv layer leaves it."""
 
+    norm1: Any
+    attn: Any
+    drop_path1: Any
+    norm2: Any
+    mlp: Any
+    drop_path2: Any
+    window_size: Any
+    shift_size: Any
+    input_resolution: Any
+    dynamic_mask: bool
+
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path1(self._attn(self.norm1(x)))
         known = isinstance(self.mlp, Mlp) and _is_still(self.drop_path2)
@@ -260,7 +289,7 @@ class SwinTransformerBlock(nn.Module):
 
     def _attn(self, x: Tensor) -> Tensor:
         attn: Any = self.attn
-        if runs.is_plain(x) or not self._has_windows(x, attn):
+        if runs_apart(x) or not self._has_windows(x, attn):
             return super()._attn(x)  # type: ignore[misc]
         p = attn.attn_drop.p if attn.training else 0.0
         table = attn.relative_position_bias_table
@@ -299,8 +328,8 @@ class _ConvNeXtView(convnext.ConvNeXtBlock):
 class ConvNeXtBlock(Viewed):
     def forward(self, x: Tensor) -> Tensor:
         mlp: Any = self.mlp
-        if runs.is_plain(x) or not self.is_standard():
-            return super().forward(x)  # type: ignore[misc]
+        if runs_apart(x) or not self.is_standard():
+            return super().forward(x)
         return self.view(lambda: _ConvNeXtView(self), *mlp._modules.values(), self.gamma)(x)
 
     def is_standard(self) -> bool:
