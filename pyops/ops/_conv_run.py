@@ -173,7 +173,7 @@ def _is_small(input: Tensor, weight: Tensor, size) -> bool:
 def _plan_small(input, weight, bias, call: Conv, kept: dict) -> Plan:
     """One call for everything but a residual, which comes before the activation, and pooling of other windows than 2x2."""
     filter = _kept(kept, "small", lambda: _small_conv_ops.pack(weight))
-    vector, run = bias.float(), torch.ops.pyops.small_conv.default
+    vector, run = None if bias is None else bias.float(), torch.ops.pyops.small_conv.default
     within = call.pool.in_kernel if call.pool is not None else 0
     rest = None if within else call.pool
     ends = (weight.shape[0], call.stride, call.padding)
