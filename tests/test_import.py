@@ -175,7 +175,17 @@ def test_registry_is_complete():
 
 
 def test_every_torch_op_belongs_to_a_spec():
-    parts = {"rnn_scan_fwd", "rnn_scan_bwd", "mbconv_pack", "mbconv_infer", "expand_depthwise", "mlp_pack", "mlp_infer", "mlp_run"}
+    parts = {
+        "rnn_scan_fwd",
+        "rnn_scan_bwd",
+        "small_conv",
+        "mbconv_pack",
+        "mbconv_infer",
+        "expand_depthwise",
+        "mlp_pack",
+        "mlp_infer",
+        "mlp_run",
+    }
     known = {op for spec in SPECS.values() for op in spec.ops} | parts
     registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("pyops::")}
     assert registered <= known
