@@ -83,7 +83,11 @@ def survey(model: nn.Module) -> list[Found]:
     found: list[Found] = []
     owned: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if module in owned or classes.is_fused(module):
+        if module in owned:
+            continue
+        if classes.is_fused(module) or own_class(module).__module__.startswith("pyops.nn"):
+            if kind_of(module) is not nn.Sequential and kind_of(module).__module__.startswith("pyops.nn"):
+                owned |= set(module.modules())  # a block that runs its layers itself
             continue
         decision = _decide(module)
         if isinstance(decision, Change):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyops import _backends
-from pyops._fusion import classes, rewrite, rules
+from pyops._fusion import classes, reading, rewrite, rules
 from pyops._fusion.rules import Change, digest_of_function, rule
 from pyops.nn._derived import has_hooks
 from pyops.nn.chain import Chained, ConvChain, runs_apart
@@ -47,7 +47,7 @@ def attention(function: Any) -> Any:
 
 
 rewrite.RUNTIME["__pyops_attention__"] = attention
-rewrite.HANDED["transformers.modeling_utils.AttentionInterface", "get_interface"] = "__pyops_attention__"
+reading.HANDED["transformers.modeling_utils.AttentionInterface", "get_interface"] = "__pyops_attention__"
 rewrite.RENEWED.add(("transformers.modeling_layers", "forward_with_checkpointing"))
 
 

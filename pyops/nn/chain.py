@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pyops.nn import _training
-from pyops.nn._derived import Keeps, has_hooks, is_plain, kind_of
+from pyops.nn._derived import ALIASES, Keeps, has_hooks, is_plain, kind_of
 from pyops.nn.conv import KINDS, NORMS, ConvBNAct, Parts, inside, name_of, parts_of, pool_of, upsampling_of
-from pyops.nn.linear import LinearCalls
+from pyops.nn.linear import TINY, LinearCalls
 from pyops.ops import _conv_call, _conv_run, _depthwise_ops
 
 ADD = "+"  # among the names of a chain's layers: where a residual is added
@@ -156,6 +156,9 @@ class Sequential(Chained, nn.Sequential):
         return input
 
 
+ALIASES[Sequential] = nn.Sequential
+
+
 def runs_apart(input: Any) -> bool:
     """Whether layers are to be called one by one: for the compiler, who records, or tensors of another class."""
     return torch.compiler.is_compiling() or type(input) not in (Tensor, nn.Parameter) or _conv_call.is_recorded()
@@ -225,7 +228,8 @@ def _run_length(layers: list[Any]) -> tuple[int, int | None]:
     if not isinstance(layers[0], nn.Module):
         return 0, None
     if type(layers[0]) is nn.Linear:
-        return after(1, activates), None
+        count = after(1, activates)
+        return count if count > 1 or layers[0].weight.numel() >= TINY else 0, None
     i = 1 if upsampling_of(layers[0]) else 0
     if i >= len(layers) or kind_of(layers[i]) is not nn.Conv2d:
         return 0, None

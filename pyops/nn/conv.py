@@ -387,8 +387,9 @@ class SqueezeExcitation(nn.Module):
 
     def is_standard(self) -> bool:
         """Whether kernels can stand for the layers: nothing replaced by what they do not know, no hooks inside, biases there."""
-        biases = self.fc1.bias is not None and self.fc2.bias is not None
-        return biases and is_plain(self, SQUEEZE_KINDS) and None not in self.names
+        if not is_plain(self, SQUEEZE_KINDS) or None in self.names:
+            return False
+        return all(kind_of(fc) is nn.Conv2d and _training.is_pointwise(fc) and fc.bias is not None for fc in (self.fc1, self.fc2))
 
     def layers(self) -> tuple[Any, ...]:
         return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
