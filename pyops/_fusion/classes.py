@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import types
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 from pyops._fusion import rewrite
+from pyops._fusion._cached import cached
 from pyops._fusion.layout import ImageRoot, rooted
 from pyops.nn._derived import is_wrapper, own_class
 from pyops.nn.chain import Chains
@@ -68,7 +69,7 @@ def _restore(original: type[nn.Module], kind: type[nn.Module] | None, is_root: b
     return cls.__new__(cls)
 
 
-@cache
+@cached
 def class_of(original: type[nn.Module], kind: type[nn.Module] | None, is_root: bool) -> type[nn.Module]:
     """The class of a fused module: `original` with the methods of `kind`, or with its own rewritten ones; is_root: it lays out images.
 
@@ -117,7 +118,7 @@ def taken(module: nn.Module) -> str | None:
     return next((name for name in sorted(TAKEN) if hasattr(cls, name) or any(name in found for found in own)), None)
 
 
-@cache
+@cached
 def refused(cls: type[nn.Module], kind: type[nn.Module] | None = None, is_root: bool = False) -> str | None:
     """Why no class can be derived from `cls` whose modules behave as its own do; None where one can."""
     if rewrite.asks_for_class(cls):
@@ -129,7 +130,7 @@ def refused(cls: type[nn.Module], kind: type[nn.Module] | None = None, is_root: 
     return None
 
 
-@cache
+@cached
 def _wrapped(before: type, cls: type[nn.Module]) -> type[nn.Module]:
     """`cls`, and around it what PyTorch's fully_shard or replicate put around the module's class `before`."""
     if not is_wrapper(before):

@@ -26,12 +26,12 @@ import inspect
 import textwrap
 import types
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 from torch import nn
 
 from pyops._fusion import runs
+from pyops._fusion._cached import cached
 from pyops._fusion.reading import Handing, Rewriter, Views
 
 RUNTIME = {f"__pyops_{name}__": getattr(runs, name) for name in ("run", "begin", "finish", "view")}
@@ -52,7 +52,7 @@ def _methods(cls: type) -> Iterator[types.FunctionType]:
             yield from (method for method in vars(base).values() if isinstance(method, types.FunctionType))
 
 
-@cache
+@cached
 def asks_for_class(cls: type) -> bool:
     """Whether a method says ``super(type(self), self)``, which in a derived class means the method itself."""
     return any(_asks_for_class(method) for method in _methods(cls) if method.__name__ != "__init__")
@@ -70,13 +70,13 @@ def _asks_for_class(method: types.FunctionType) -> bool:
     return any(ast.unparse(call.args[0]) in ("type(self)", "self.__class__") for call in calls)
 
 
-@cache
+@cached
 def reads_memory(cls: type) -> bool:
     """Whether a method reads a tensor's elements by their places in memory, which another layout moves."""
     return any(PLACES & set(method.__code__.co_names) for method in _methods(cls))
 
 
-@cache
+@cached
 def methods_of(cls: type[nn.Module]) -> dict[str, types.FunctionType]:
     """The methods of `cls`, its own and inherited, that have runs in them, rewritten."""
     found: dict[str, Any] = {}

@@ -12,12 +12,12 @@ import inspect
 import textwrap
 import types
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from pyops._fusion._cached import cached
 from pyops.nn._derived import ALIASES
 
 
@@ -62,7 +62,7 @@ def alias(name: str, kind: type[nn.Module], *digests: str) -> None:
     ALIASES.named[name] = lambda cls: kind if digest(cls) in digests else None
 
 
-@cache
+@cached
 def digest(cls: type) -> str:
     """Of the code of a class' own methods, whatever its comments, annotations and layout."""
     parts = []
@@ -73,7 +73,7 @@ def digest(cls: type) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-@cache
+@cached
 def digest_of_function(function: types.FunctionType) -> str:
     """The same of a function outside of classes."""
     return hashlib.sha256(repr(_source(function)).encode()).hexdigest()[:16]
