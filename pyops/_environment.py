@@ -109,7 +109,7 @@ def backend_facts(name: str, has_gpu: bool) -> dict[str, Any]:
 
 
 def plain_call_unsupported(name: str, device: str) -> str | None:
-    facts = _rnn.Facts(_rnn.Cell.lstm, device, torch.float32, 16, 4, 32, 32, False, False, False, False, False)
+    facts = _rnn.Facts(_rnn.Cell.lstm, device, torch.float32, 16, 4, 32, 32, False, False, False, False, False, False)
     try:
         return _rnn.unsupported(facts, name)
     except Exception as error:  # whatever is broken here is what someone who runs `pyops env` needs to read

@@ -33,7 +33,8 @@ class Fused:
         own = self._original
         if own.__reduce_ex__ is not object.__reduce_ex__ or own.__reduce__ is not object.__reduce__:
             return super().__reduce_ex__(protocol)
-        _, _, *rest = object.__reduce_ex__(self, max(int(protocol), 2))
+        found: Any = object.__reduce_ex__(self, max(int(protocol), 2))
+        rest = list(found[2:])
         if rest and isinstance(rest[0], dict):
             rest[0] = {name: value for name, value in rest[0].items() if name != "_kept"}
         return (_restore, (own, self._kind, self._is_root), *rest)

@@ -102,13 +102,13 @@ class Rewriter:
         last = statements[count - 1]
         if tail is None:
             return count, [_located(_stored(last, target, _call("run", _names(run.names), run.input)), statements[0])]
-        names = _names([*run.names, tail[0], *tail[2]])
-        begin = _call("begin", names, run.input, ast.Constant(not between and isinstance(tail[1], ast.Name)))
+        run_names = _names([*run.names, tail[0], *tail[2]])
+        begin = _call("begin", run_names, run.input, ast.Constant(not between and isinstance(tail[1], ast.Name)))
         if not between:
-            return count, [_located(_stored(last, target, _call("finish", names, begin, tail[1])), statements[0])]
+            return count, [_located(_stored(last, target, _call("finish", run_names, begin, tail[1])), statements[0])]
         held = ast.Name("__pyops_held__", ast.Store())
         first = ast.Assign([held], begin)
-        end = _stored(last, target, _call("finish", names, ast.Name(held.id, ast.Load()), tail[1]))
+        end = _stored(last, target, _call("finish", run_names, ast.Name(held.id, ast.Load()), tail[1]))
         return count, [_located(first, statements[0]), *between, _located(end, last)]
 
     def goes_on(self, statement: ast.stmt, name: str) -> tuple[tuple[str, ast.expr] | None, list[str] | None, str | None]:

@@ -102,7 +102,7 @@ def _rewritten(method: types.FunctionType, cls: type, owner: str) -> types.Funct
         function = ast.parse("class _:\n" + "".join(lines)).body[0].body[0]  # type: ignore[attr-defined]
     except (OSError, TypeError, SyntaxError):
         return None
-    if not isinstance(function, ast.FunctionDef) or function.decorator_list or getattr(function, "type_params", ()):
+    if not isinstance(function, ast.FunctionDef) or function.decorator_list or getattr(function, "type_params", None):
         return None
     if function.name != code.co_name or any(_is_peculiar(node) for node in ast.walk(function)):
         return None

@@ -106,7 +106,8 @@ def plan(owner: Any, names: Names) -> Plan:
 
 
 def _make(owner: nn.Module, names: Names) -> Plan:
-    layers, places = [], []
+    layers: list[Any] = []
+    places: list[tuple[dict[str, Any], str, Any]] = []
     for name in names:
         if name in SUMS:
             layers.append(name)

@@ -147,7 +147,7 @@ class LayerNorm2d(norm.LayerNorm2d):
     backend = None
 
     def forward(self, input: Tensor) -> Tensor:
-        plain = runs_apart(input) or self._fast_norm or input.dim() != 4  # type: ignore[attr-defined]
+        plain = runs_apart(input) or self._fast_norm or input.dim() != 4
         return super(norm.LayerNorm2d, self).forward(input) if plain else super().forward(input)
 
     def extra_repr(self) -> str:

@@ -35,11 +35,8 @@ class ConvChain(ConvBNAct):
         self._place = 1 if upsampling_of(layers[0]) else 0
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if residual is None and input.dim() == 4:
-            return self.run(input)[0]
-        if input.dim() != 4 or not self._adds(input, residual):
-            return self.run_layers(input, residual)
-        return self.run(input, residual=residual)[0]
+        runs = input.dim() == 4 and (residual is None or self._adds(input, residual))
+        return self.run(input, residual=residual)[0] if runs else self.run_layers(input, residual)
 
     def parts(self) -> Parts | None:
         layers = list(self)

@@ -296,7 +296,7 @@ def _merge(x: Tensor) -> Tensor:
     return torch.cat([x[..., row::2, column::2, :] for column in (0, 1) for row in (0, 1)], -1)
 
 
-def _is_still(drop: nn.Module) -> bool:
+def _is_still(drop: Any) -> bool:
     """Whether it is a DropPath that changes nothing."""
     return kind_of(drop) is DropPath and not (drop.training and drop.p > 0) and not has_hooks(drop)
 

@@ -31,7 +31,7 @@ def _size(input: Tensor, weight: Tensor, stride, padding, pool: int) -> list[int
 def _reference(input, weight, bias, out_channels, stride, padding, activation, slope, pool):
     filter = weight[..., :out_channels].permute(3, 2, 0, 1)
     y = _activations.apply(F.conv2d(input.float(), filter, bias, stride, padding), activation, slope)
-    y = (None, F.max_pool2d, F.avg_pool2d)[pool](y, 2) if pool else y
+    y = (F.max_pool2d if pool == 1 else F.avg_pool2d)(y, 2) if pool else y
     return y.to(input.dtype).contiguous(memory_format=torch.channels_last)
 
 
