@@ -132,7 +132,7 @@ def _decide(module: nn.Module) -> Change | str | None:
         return decision
     if isinstance(module, nn.Sequential) and cls.forward is nn.Sequential.forward:
         return classes.refused(cls, pyops_nn.Sequential) or torch_layers.sequential(module)
-    if kind_of(module) is cls and not cls.__module__.startswith(("torch.", "pyops.")) and rewrite.methods_of(cls):
+    if kind_of(module) is type(module) and not cls.__module__.startswith(("torch.", "pyops.")) and rewrite.methods_of(cls):
         return classes.refused(cls) or Change(None, whole=False)
     return decision
 

@@ -162,7 +162,7 @@ def original_of(module: nn.Module) -> type[nn.Module]:
 def restore(module: nn.Module) -> None:
     """Undoes `become`."""
     module.__class__ = _wrapped(type(module), original_of(module))
-    for name in (*module.__dict__.pop(KEPT, ()), "_kept", "_lays_out"):
+    for name in (*module.__dict__.pop(KEPT, ()), "_kept", "_structure", "_lays_out"):
         module.__dict__.pop(name, None)
 
 

@@ -92,7 +92,7 @@ def methods_of(cls: type[nn.Module]) -> dict[str, types.FunctionType]:
 
 def _rewritten(method: types.FunctionType, cls: type, owner: str) -> types.FunctionType | None:
     """owner: the name of the class that the method stands in."""
-    while (method.__globals__["__name__"], method.__code__.co_name) in RENEWED:
+    while (method.__globals__.get("__name__"), method.__code__.co_name) in RENEWED:
         method = method.__wrapped__  # type: ignore[attr-defined]
     code = method.__code__
     if hasattr(method, "__wrapped__") or code.co_varnames[:1] != ("self",):
