@@ -115,8 +115,9 @@ def taken(module: nn.Module) -> str | None:
     cls = type(module)
     if cls.__module__.startswith("pyops."):
         return None
+    ours = {name for base in cls.__mro__ if base.__module__.startswith("pyops.") for name in vars(base)}  # of a class built on pyops.nn
     own = (module.__dict__, module._parameters, module._buffers, module._modules)
-    return next((name for name in sorted(TAKEN) if hasattr(cls, name) or any(name in found for found in own)), None)
+    return next((name for name in sorted(TAKEN - ours) if hasattr(cls, name) or any(name in found for found in own)), None)
 
 
 @cached
