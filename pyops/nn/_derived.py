@@ -47,6 +47,8 @@ class Kept(NamedTuple):
     versions: list[tuple[Tensor, int, int]]  # and where its elements are
     hooks: list[dict]
     hooked: list[bool]
+    children: list[dict]
+    counts: list[int]  # of each part's children: one may be added
     step: int | None
 
     def holds(self, facts: Any) -> bool:
@@ -57,7 +59,7 @@ class Kept(NamedTuple):
         for tensor, version, address in self.versions:
             if tensor._version != version or _address(tensor) != address:
                 return False
-        return list(map(bool, self.hooks)) == self.hooked
+        return list(map(bool, self.hooks)) == self.hooked and list(map(len, self.children)) == self.counts
 
 
 class Derived:
@@ -132,6 +134,7 @@ def _state_of(module: nn.Module, of_tensors: bool) -> tuple | None:
     FSDP's), so that nothing can be kept."""
     entries: list[tuple[dict, str, Any]] = []
     hooks: list[dict] = []
+    children: list[dict] = []
     versions, step = [], _last_step if of_tensors else None
     for part in module.modules():
         if "_is_fsdp_managed_module" in part.__dict__:
@@ -139,6 +142,7 @@ def _state_of(module: nn.Module, of_tensors: bool) -> tuple | None:
         entries += [(part.__dict__, "training", part.training), (part.__dict__, "forward", part.__dict__.get("forward"))]
         entries += [(part.__dict__, name, part.__dict__[name]) for name in OPTIONS if name in part.__dict__]
         entries += [(part._modules, name, child) for name, child in part._modules.items()]
+        children.append(part._modules)
         hooks += [getattr(part, name) for name in HOOKS]
         for owner in (part._parameters, part._buffers):
             for name, tensor in owner.items():
@@ -148,7 +152,7 @@ def _state_of(module: nn.Module, of_tensors: bool) -> tuple | None:
                         return None
                     versions.append((tensor, tensor._version, _address(tensor)))
     owners, names, values = (list(column) for column in zip(*entries, strict=True))
-    return owners, names, values, versions, hooks, list(map(bool, hooks)), step
+    return owners, names, values, versions, hooks, list(map(bool, hooks)), children, list(map(len, children)), step
 
 
 def _address(tensor: Tensor) -> int:
