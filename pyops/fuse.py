@@ -71,11 +71,17 @@ def fuse(model: Model, *, example_inputs: Any = None, verbose: bool = False) -> 
             unfuse(model)
             raise
         if verbose:
-            own = "its calls run together" if rewrite.methods_of(classes.original_of(module)) else "images in channels_last inside"
-            print(f"{name or 'the model'} ({type(module).__name__}): {own if change.kind is None else f'pyops.nn.{change.kind.__name__}'}")
+            print(f"{name or 'the model'} ({type(module).__name__}): {_said(module, change)}")
     if example_inputs is not None:
         _compare(model, example_inputs, expected)
     return model
+
+
+def _said(module: nn.Module, change: Change) -> str:
+    if change.kind is None:
+        return "its calls run together" if rewrite.methods_of(classes.original_of(module)) else "images in channels_last inside"
+    own = change.kind.__module__.startswith("pyops.nn")
+    return f"pyops.nn.{change.kind.__name__}" if own else f"pyops' kernels for {change.kind.__name__.lstrip('_')}"
 
 
 def survey(model: nn.Module) -> list[Found]:
