@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from pyops._fusion import classes, rules
+from pyops._fusion.fusing import Found, fuse, survey, unfuse
 from pyops._trace import Node, Trace, is_ours, trace
 from pyops.nn._derived import has_hooks, kind_of
 from pyops.nn.chain import ConvChain, LinearChain, Sequential
 from pyops.nn.conv import KINDS
 from pyops.ops import _conv_call
-
-if TYPE_CHECKING:
-    from pyops.fuse import Found
 
 RUNS = 5
 WARM_UPS = 2  # the first makes weights ready
@@ -100,8 +98,6 @@ class Explanation:
 
 def explain(model: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Explanation:
     """See `pyops.explain`."""
-    from pyops.fuse import survey  # which imports this module when it is asked to explain
-
     if not inputs and not options:
         raise TypeError("explain: inputs: expected the arguments of the model's forward, got none")
     for name, part in model.named_modules():
@@ -121,8 +117,6 @@ def explain(model: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any
 @contextmanager
 def _fused(model: nn.Module) -> Iterator[None]:
     """Of a model that is not: fused meanwhile."""
-    from pyops.fuse import fuse, unfuse
-
     try:
         fuse(model)
         yield
