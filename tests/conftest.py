@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Threads that wait for work let other test processes run; read when torch loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
