@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 # Threads that wait for work let other test processes run; read when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -11,9 +13,11 @@ import pytest
 import torch
 
 from pyops import _backends
+from pyops.ops import _machine
 from pyops.testing import SPECS, within_gate
 
 torch.set_num_threads(2)
+_machine.MEASURES = False
 
 
 DEVICES = {"cpu": "cpu", "vendor": "cpu", "cuda": "cuda", "triton": "cuda"}
@@ -104,3 +108,17 @@ def cotangents(outputs) -> list[torch.Tensor]:
     """A fixed pseudo-random gradient for each output, the same for every dtype before rounding."""
     generator = torch.Generator().manual_seed(7)
     return [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype) for y in outputs]
+
+
+@pytest.fixture
+def run_on():
+    """Runs code with the CPU kernels of an instruction set, in a process of its own; skips the test where the machine has none such."""
+
+    def run(isa: str, code: str, *arguments: str) -> None:
+        environment = os.environ | {"PYOPS_CPU_ISA": isa}
+        result = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+        if f"PYOPS_CPU_ISA={isa}: this machine supports" in result.stderr:
+            pytest.skip(f"no {isa} here")
+        assert result.returncode == 0, result.stderr[-3000:]
+
+    return run

@@ -163,6 +163,48 @@ def test_key_is_value():
     assert_parity(make, lambda module, t: module(t[0], t[1], t[1], t[2], need_weights=False))
 
 
+WIDE = 256  # a weight of 2**16 elements, from which on layouts are kept
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kept_weights_of_wide_layers(dtype):
+    """Self-attention, one memory for keys and values, and three tensors, each twice: with weights laid out and with weights kept."""
+
+    def make(seed):
+        return *twins(WIDE, H, batch_first=True, seed=seed), [sequence(True, True, n, WIDE) for n in (L, S, S)]
+
+    def call(module, t):
+        return [module(*args, need_weights=False)[0] for args in ((t[0],) * 3, (t[0], t[1], t[1]), t) for _ in range(2)]
+
+    assert_parity(make, call, dtype)
+
+
+def test_kept_weights_follow_the_module():
+    theirs, ours = twins(WIDE, H, batch_first=True)
+    x = sequence(True, True, S, WIDE)
+
+    def check():
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x, x, x, need_weights=False)[0], theirs(x, x, x, need_weights=False)[0])
+
+    check()
+    kept = ours._kept.get(ours, dict)
+    assert set(kept) == {"qkv", "out"} and all(kept.values())
+    for module in (theirs, ours):
+        with torch.no_grad():
+            module.in_proj_weight.mul_(-0.5)
+            module.out_proj.weight[0] = 1.0
+    check()
+    for module in (theirs, ours):
+        module.in_proj_weight = nn.Parameter(torch.linspace(-1, 1, 3 * WIDE * WIDE).view(3 * WIDE, WIDE) ** 3)
+    check()
+    copy.deepcopy(ours).double()(*[x.double()] * 3)
+    ours.load_state_dict(twins(WIDE, H, seed=1)[0].state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    check()
+    assert pickle.loads(pickle.dumps(ours)).state_dict().keys() == theirs.state_dict().keys()
+
+
 def test_outputs_are_contiguous_and_rows_that_see_nothing_are_zeros():
     for first in (False, True):
         _, ours = twins(E, H, batch_first=first)

@@ -1,16 +1,15 @@
 """The Winograd convolution: its error bound, every edge of a tile, the switch, who chooses it, and modules that keep its filters."""
 
-import os
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 import pyops
 from pyops import _library
-from pyops.ops import _activations, _winograd_ops
+from pyops.ops import _activations, _machine, _winograd_ops
 from pyops.testing import poison, relative_error
 
 pytestmark = pytest.mark.skipif(_library.extension is None, reason=str(_library.not_loaded_reason()))
@@ -308,12 +307,8 @@ assert relative_error([(infer(x, weight, bias, 4, pool=1), truth(x, weight, bias
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_other_instruction_sets(isa):
-    environment = dict(os.environ, PYOPS_CPU_ISA=isa)
-    result = subprocess.run([sys.executable, "-c", CODE, __file__], env=environment, capture_output=True, text=True)
-    if "PYOPS_CPU_ISA" in result.stderr and "lacks" in result.stderr:
-        pytest.skip(f"no {isa} here")
-    assert result.returncode == 0, result.stderr[-3000:]
+def test_other_instruction_sets(run_on, isa):
+    run_on(isa, CODE, __file__)
 
 
 def test_size_of_tile_is_none_of_other_convolutions():
@@ -323,3 +318,34 @@ def test_size_of_tile_is_none_of_other_convolutions():
     assert size(s=(2, 1)) == size(d=(2, 2)) == size(g=2) == size(shape=(0, 64, 56, 56)) == size(shape=(8, 64, 1, 1), p=(0, 0)) == 0
     assert size(w=weight[:, :, :2]) == size(w=weight[:8]) == 0
     assert size(shape=(1, 64, 1, 1)) == 0  # one pixel: the points of the filters outweigh it
+
+
+def test_tiles_are_smaller_where_reading_is_slow(monkeypatch):
+    """14x14 positions of 256 channels: the larger tiles multiply less, and read 36 points of each filter in place of 16."""
+    weight, chosen = torch.empty(256, 256, 3, 3, device="meta"), []
+    for reading in (90.0, 20.0, 1.0):
+        monkeypatch.setattr(_machine, "rates", lambda dtype, reading=reading: _machine.Rates(220.0, reading, reading))
+        chosen.append(_winograd_ops.size_of_tile((1, 256, 14, 14), weight, (1, 1), (1, 1), (1, 1), 1, True))
+    assert chosen == [4, 2, 0]
+
+
+def test_rates_are_measured_once_and_only_where_one_may(monkeypatch):
+    monkeypatch.setattr(_machine, "MEASURES", True)
+    measured = _machine.rates(torch.float32)
+    assert all(1 < rate < 1e6 for rate in measured) and _machine.rates(torch.float16) == measured  # 1 TB/s, 1 PFLOP/s: a clock gone wrong
+    monkeypatch.setattr(_machine, "_best", None)  # would raise
+    assert _machine.rates(torch.float32) == measured
+    with FakeTensorMode():
+        assert _machine.rates(torch.float32) == _machine.FIXED[torch.float32]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert _machine.rates(torch.bfloat16) == _machine.FIXED[torch.bfloat16]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_fastest_call_counts(monkeypatch):
+    clock = iter([0.0, *(t for start, end in ((0, 3), (3, 5), (5, 9), (9, 12), (12, 13)) for t in (start, end)), 13.0])
+    monkeypatch.setattr(_machine, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    calls = []
+    assert _machine._best(lambda: calls.append(0)) == 1.0 and len(calls) == 1 + _machine.FEWEST

@@ -6,15 +6,15 @@ them one by one, the block runs timm's code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from pyops._fusion import runs
 from pyops._fusion.rules import Change, alias, rule
+from pyops._fusion.views import Viewed
 from pyops.nn import _mlp, _training, attention, conv, convnext, densenet, norm
-from pyops.nn._derived import ALIASES, Derived, has_hooks, is_plain, kind_of
+from pyops.nn._derived import ALIASES, Derived, has_hooks, kind_of
 from pyops.nn.chain import Chained, ConvChain, runs_apart
 from pyops.nn.conv import BatchNormAct, can_fold, inside, name_of
 from pyops.nn.mbconv import MBConv
@@ -28,19 +28,6 @@ alias("timm.layers.activations.GELU", nn.GELU, "1e43e534dfa82a99")
 alias("timm.layers.activations.Sigmoid", nn.Sigmoid, "3affc091bb0ed472")
 alias("timm.layers.activations.HardSigmoid", nn.Hardsigmoid, "36ece3e10f38cc29")
 alias("timm.layers.activations.Tanh", nn.Tanh, "29c9664a4c3a6ba8")
-
-
-class Viewed(Chained, nn.Module):
-    """Of blocks that run as a view of their layers; their own class comes next."""
-
-    def view(self, make: Callable[[], Any], *facts: Any) -> Any:
-        """``make()``, kept until a child or one of the facts is another."""
-        now = [*self._modules.values(), *facts]
-        before, view = self._kept.get("view", ((), None))
-        if len(before) != len(now) or any(a is not b for a, b in zip(before, now, strict=True)):
-            view = make()
-            self._kept["view"] = now, view
-        return view
 
 
 def _does_nothing(*layers: Any) -> bool:
@@ -65,15 +52,12 @@ class DropPath(conv.DropPath):
 class _Squeeze(conv.SqueezeExcitation):
     """Squeeze-excitation whose layers have other names, between which there may be some that do nothing."""
 
+    layer_kinds = (*conv.SqueezeExcitation.layer_kinds, nn.Identity)
+
     def forward(self, input: Tensor, means: Tensor | None = None) -> Tensor:
         if runs_apart(input) or not self.is_standard():
             return super(conv.SqueezeExcitation, self).forward(input)
         return super().forward(input, means)
-
-    def is_standard(self) -> bool:
-        layers = (self.fc1, self.fc2)
-        known = all(kind_of(layer) is nn.Conv2d and _training.is_pointwise(layer) and layer.bias is not None for layer in layers)
-        return known and is_plain(self, (*conv.SQUEEZE_KINDS, nn.Identity)) and None not in self.names
 
 
 class SqueezeExcite(_Squeeze):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyops import _backends
 from pyops._fusion import classes, reading, rewrite, rules
 from pyops._fusion.rules import Change, digest_of_function, rule
+from pyops._fusion.views import Viewed
 from pyops.nn._derived import has_hooks
 from pyops.nn.chain import Chained, ConvChain, runs_apart
 from pyops.nn.conv import DropPath, can_fold
@@ -188,14 +189,14 @@ class _Block(ConvNeXtBlock):
         return can_fold(conv.weight, input) and self._has_kernel(input)
 
 
-class ConvNextLayer(Chained):
+class ConvNextLayer(Viewed):
     """transformers' layer on ConvNeXtBlock's kernels: inference as one of those, in training the depthwise convolution."""
 
     def forward(self, features: Tensor) -> Tensor:
         layer: Any = self
-        view = None if torch.compiler.is_compiling() else self._view()
+        view = None if torch.compiler.is_compiling() else self.view(self.make, layer.layer_scale_parameter)
         if view is None or not view.takes(features):
-            return super().forward(features)  # type: ignore[misc]
+            return super().forward(features)
         if view.infers(features) and _drops_nothing(layer.drop_path):
             return view._infer(features)
         conv = layer.dwconv
@@ -203,17 +204,12 @@ class ConvNextLayer(Chained):
         y = layer.pwconv2(layer.act(layer.pwconv1(layer.layernorm(y.permute(0, 2, 3, 1)))))
         return features + layer.drop_path((layer.layer_scale_parameter * y).permute(0, 3, 1, 2))
 
-    def _view(self) -> _Block | None:
-        """Of the layers as they are now; None where they are not what was read."""
+    def make(self) -> _Block | None:
+        """None where the layers are not what was read."""
         layer: Any = self
-        parts = [*layer._modules.values(), layer.layer_scale_parameter]
-        before, view = self._kept.get("view", ((), None))
-        if len(parts) != len(before) or any(a is not b for a, b in zip(parts, before, strict=True)):
-            norm, scale = layer.layernorm, layer.layer_scale_parameter
-            known = rules.find(type(norm)) is channel_norm and norm.data_format == "channels_last" and isinstance(scale, nn.Parameter)
-            view = _Block(layer) if known else None
-            self._kept["view"] = parts, view
-        return view
+        norm, scale = layer.layernorm, layer.layer_scale_parameter
+        known = rules.find(type(norm)) is channel_norm and norm.data_format == "channels_last" and isinstance(scale, nn.Parameter)
+        return _Block(layer) if known else None
 
 
 @rule("transformers.models.convnext.modeling_convnext.ConvNextDropPath", "a6389a772bb44b22")
@@ -228,7 +224,7 @@ def _drops_nothing(path: nn.Module) -> bool:
 
 @rule("transformers.models.convnext.modeling_convnext.ConvNextLayer", "c3aaa1c464e2225b")
 def convnext_layer(module: Any) -> Change:
-    return Change(cast(Any, ConvNextLayer), whole=False)
+    return Change(ConvNextLayer, whole=False)
 
 
 @rule("transformers.models.resnet.modeling_resnet.ResNetConvLayer", "21f1295678312c00")
@@ -237,32 +233,32 @@ def conv_layer(module: Any) -> Change:
     return Change(None, whole=False)
 
 
-class ResidualLayer(Chained):
+class ResidualLayer(Viewed):
     """``activation(layer(x) + shortcut(x))``: sum and activation run with the last convolution of `layer`."""
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         block: Any = self
-        view = None if runs_apart(hidden_state) else self._view()
+        view = None if runs_apart(hidden_state) else self._last()
         if view is None:
-            return super().forward(hidden_state)  # type: ignore[misc]
+            return super().forward(hidden_state)
         y = hidden_state
         for layer in list(block.layer)[:-1]:
             y = layer(y)
         return view(y, block.shortcut(hidden_state))
 
-    def _view(self) -> ConvChain | None:
-        """Of the last convolution, its norm and the activation behind the sum; None where another layer or a hook is between them."""
+    def _last(self) -> ConvChain | None:
+        """The last convolution, its norm and the activation behind the sum; None where another layer or a hook is between them."""
         block: Any = self
         last = block.layer[-1]
         if has_hooks(block.layer) or has_hooks(last) or type(block.layer) is not nn.Sequential:
             return None
-        parts = [last, *last._modules.values(), block.activation]
-        before, view = self._kept.get("view", ((), None))
-        if len(parts) != len(before) or any(a is not b for a, b in zip(parts, before, strict=True)):
-            known = rules.find(classes.original_of(last)) is conv_layer and type(last.activation) is nn.Identity
-            view = ConvChain([last.convolution, last.normalization, block.activation], 2, in_place=True) if known else None
-            self._kept["view"] = parts, view
+        view = self.view(lambda: self._make(last), last, *last._modules.values())
         return None if view is None or has_hooks(last.activation) else view
+
+    def _make(self, last: Any) -> ConvChain | None:
+        block: Any = self
+        known = rules.find(classes.original_of(last)) is conv_layer and type(last.activation) is nn.Identity
+        return ConvChain([last.convolution, last.normalization, block.activation], 2, in_place=True) if known else None
 
 
 @rule("transformers.models.resnet.modeling_resnet.ResNetBasicLayer", "af7885523ef87d25")
@@ -270,4 +266,4 @@ class ResidualLayer(Chained):
 @rule("transformers.models.regnet.modeling_regnet.RegNetXLayer", "fa455f36393be609")
 @rule("transformers.models.regnet.modeling_regnet.RegNetYLayer", "50f448daef7a0c7f")
 def residual_layer(module: Any) -> Change:
-    return Change(cast(Any, ResidualLayer), whole=False)
+    return Change(ResidualLayer, whole=False)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from pyops.nn._derived import has_hooks
-from pyops.nn.linear import run_few
+from pyops.nn._derived import Keeps, has_hooks
+from pyops.nn.linear import run_packed
 from pyops.ops import _attention_reference, _conv_call
 from pyops.ops.flash_attention import flash_attention
 
@@ -122,7 +122,7 @@ def _refuse_gradients(*tensors: Tensor) -> None:
         raise RuntimeError("KeyValueCache: it carries no gradients; decode under torch.no_grad() or torch.inference_mode()")
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(Keeps, nn.MultiheadAttention):
     """torch.nn.MultiheadAttention with the same arguments, parameters and results, plus ``backend`` and a ``cache``.
 
     ``need_weights=False`` runs `pyops.flash_attention`; torch's default, True, asks for the matrix of weights, which PyTorch's plain
@@ -196,7 +196,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         output = output if first else output.transpose(0, 1)
         out = self.out_proj
         is_plain = type(out) is NonDynamicallyQuantizableLinear and not has_hooks(out)
-        output = run_few(output, out.weight, out.bias) if is_plain else out(output)
+        output = self._product("out", output, out.weight, out.bias) if is_plain else out(output)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if not is_batched:
@@ -256,27 +256,30 @@ class MultiheadAttention(nn.MultiheadAttention):
         """(query, key, value), [B, H, N, D] each, or (packed [B, N, 3, H, D], None, None): views of what the products wrote."""
         weight, bias, E = self.in_proj_weight, self.in_proj_bias, self.embed_dim
 
-        def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            y = run_few(x, weight, bias).unflatten(-1, (-1, self.num_heads, self.head_dim))
+        def product(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            y = self._product(name, x, weight, bias).unflatten(-1, (-1, self.num_heads, self.head_dim))
             return y if first else y.transpose(0, 1)
 
         if is_self and self._qkv_same_embed_dim:
-            return product(query, weight, bias), None, None
+            return product("qkv", query, weight, bias), None, None
         same = self._qkv_same_embed_dim
         weights = weight.chunk(3) if same else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        q = product(query, weights[0], biases[0])[:, :, 0].transpose(1, 2)
+        q = product("q", query, weights[0], biases[0])[:, :, 0].transpose(1, 2)
         if cache is not None and not is_self and cache.memory is not None:
             return q, *cache.memory
         if key is value and same:
-            both = product(key, weight[E:], None if bias is None else bias[E:])
+            both = product("kv", key, weight[E:], None if bias is None else bias[E:])
             k, v = both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2)
         else:
-            k, v = (product(*args)[:, :, 0].transpose(1, 2) for args in zip((key, value), weights[1:], biases[1:], strict=True))
+            k, v = (product(*args)[:, :, 0].transpose(1, 2) for args in zip("kv", (key, value), weights[1:], biases[1:], strict=True))
         if cache is not None and not is_self:
             _refuse_gradients(k, v)
             cache.memory = k, v
         return q, k, v
+
+    def _product(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return run_packed(x, weight, bias, lambda: self._kept.get(self, dict).setdefault(name, {}))
 
     def _with_extra_keys(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """With the learned key and value of add_bias_kv, and add_zero_attn's zeros, behind the others."""

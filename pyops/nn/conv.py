@@ -366,6 +366,8 @@ class SqueezeExcitation(nn.Module):
     Source: Hu et al., 2018.
     """
 
+    layer_kinds: tuple[type, ...] = (nn.Conv2d, nn.AdaptiveAvgPool2d, *ACTIVATIONS.values())
+
     def __init__(self, input_channels: int, squeeze_channels: int, activation: str = "relu", scale_activation: str = "sigmoid"):
         super().__init__()
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -387,7 +389,7 @@ class SqueezeExcitation(nn.Module):
 
     def is_standard(self) -> bool:
         """Whether kernels can stand for the layers: nothing replaced by what they do not know, no hooks inside, biases there."""
-        if not is_plain(self, SQUEEZE_KINDS) or None in self.names:
+        if not is_plain(self, (SqueezeExcitation, *self.layer_kinds)) or None in self.names:
             return False
         return all(kind_of(fc) is nn.Conv2d and _training.is_pointwise(fc) and fc.bias is not None for fc in (self.fc1, self.fc2))
 
@@ -404,6 +406,3 @@ class SqueezeExcitation(nn.Module):
         layers: Any = (t.flatten(1).to(means.dtype) if t.dim() == 4 else t.to(means.dtype) for t in self.layers())
         gates = self.gates()
         return Squeeze._make([*layers, gates.activation, gates.gate_activation]).run(means)[2]
-
-
-SQUEEZE_KINDS = (SqueezeExcitation, nn.Conv2d, nn.AdaptiveAvgPool2d, *ACTIVATIONS.values())

@@ -134,11 +134,11 @@ def run_kept(
 FEW_FROM = 2**16
 
 
-def run_few(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`; 2 to 4 rows without gradients on a CPU, as in decoding, run on `linear_act`'s kernel, which reads the weight once."""
-    few = 1 < input.numel() // max(weight.shape[1], 1) <= _linear_ops.MOST_ROWS and weight.numel() >= FEW_FROM
-    if not few or not input.is_cpu or torch.is_grad_enabled() or _conv_call.is_followed():
+def run_packed(input: Tensor, weight: Tensor, bias: Tensor | None, kept: Callable[[], dict]) -> Tensor:
+    """`F.linear`. Without gradients on a CPU large weights run on `linear_act`'s kernels: 2 to 4 rows, as in decoding, on the one that
+    reads the weight once, more on oneDNN's, whose layout of the weight lies in what `kept` gives."""
+    if weight.numel() < FEW_FROM or input.shape[:-1].numel() < 2 or not _conv_call.is_plain_inference(input):
         return F.linear(input, weight, bias)
-    if _backends.requested(None) not in ("auto", "cpu"):  # linear_act has no other kernel
+    if input.dtype != weight.dtype or weight.dtype == torch.float64 or input.shape[-1] != weight.shape[1]:
         return F.linear(input, weight, bias)
-    return _linear.linear_act(input, weight, bias)
+    return _linear.run("cpu", input, weight, bias, None, 0, 0.01, kept())

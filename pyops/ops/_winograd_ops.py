@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyops import _library
-from pyops.ops import _channel_ops
+from pyops.ops import _channel_ops, _machine
 
 _library.define(
     "winograd_pack",
@@ -67,13 +67,16 @@ def expected_times(
     O, OH, OW = weight.shape[0], H + 2 * padding[0] - 2, W + 2 * padding[1] - 2
     if N == 0 or min(OH, OW) < 1 or C < 16 or O < 16:
         return {}
-    times = {0: 18e-9 * N * OH * OW * C * O / (_DIRECT_PAIRS if dtype == torch.bfloat16 and _multiplies_pairs() else _DIRECT)}
+    paired = dtype == torch.bfloat16 and _multiplies_pairs()
+    machine = _machine.rates(torch.float32)
+    direct = _machine.rates(dtype).products if paired else machine.products
+    times = {0: 18e-9 * N * OH * OW * C * O / direct}
     for m in (2, 4):
         points, tiles = (m + 2) ** 2, N * -(-OH // m) * -(-OW // m)
         size = 4e-9 * points * C * O
-        arithmetic = 2e-9 * points * tiles * C * O / _DIRECT + points * 8e-11 * tiles * (C + O)
-        reads = size / (_L3 if size < _L3_SIZE else _MEMORY)
-        times[m] = _MARGIN * (arithmetic + reads + (0.0 if keeps else size / _WRITES + _CALL))
+        arithmetic = (2e-9 * C * O + _TRANSFORM * (C + O)) * points * tiles / machine.products
+        reads = size / (machine.cache if size < _CACHE_SIZE else machine.memory)
+        times[m] = _MARGIN * (arithmetic + reads + (0.0 if keeps else size * _WRITES / machine.memory + _CALL))
     return times
 
 
@@ -83,11 +86,11 @@ def _multiplies_pairs() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-# Two cores of Zen 4: GFLOP/s of products, of direct ones of bfloat16 pairs, GB/s of points of filters from L3 and from memory, GB/s of
-# writing them, seconds of the calls around that (copies of the filter, fresh memory), bytes (GB) that L3 holds, and how much faster a
-# convolution must promise to be. Measured times of 16 shapes lay within 30 % of these sums, and what was chosen was the fastest of the
-# three but on one, by 0.02 ms; in bfloat16 on 12 of 13, by 0.07 ms.
-_DIRECT, _DIRECT_PAIRS, _L3, _MEMORY, _WRITES, _CALL, _L3_SIZE, _MARGIN = 220.0, 450.0, 90.0, 35.0, 6.0, 3e-4, 0.024, 1.1
+# A point's way through both transforms as products; how much slower points of filters are written than read; seconds of the calls around
+# that (copies of the filter, fresh memory); gigabytes that the last level of cache holds; how much faster a convolution must promise to
+# be. On two cores of Zen 4 measured times of 16 shapes lay within 30 % of these sums, and what was chosen was the fastest of the three but
+# on one, by 0.02 ms; in bfloat16 on 12 of 13, by 0.07 ms.
+_TRANSFORM, _WRITES, _CALL, _CACHE_SIZE, _MARGIN = 1.76e-8, 6.0, 3e-4, 0.024, 1.1
 
 
 def _allowed() -> bool:
