@@ -60,7 +60,8 @@ def _reading(size: int, threads: int) -> float:
 def _best(call: Callable[[], Any]) -> float:
     """Seconds of the fastest call: others of the machine's programs only ever slow one down."""
     call()
-    end, found = time.perf_counter() + ENOUGH, []
+    found: list[float] = []
+    end = time.perf_counter() + ENOUGH
     while len(found) < FEWEST or time.perf_counter() < end:
         start = time.perf_counter()
         call()
