@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -276,9 +277,11 @@ def checkout(tmp_path, monkeypatch):
 
 
 def run_bench(*arguments, code: int = 0) -> str:
-    """In its own process: pytest within pytest would share plugins and warnings."""
+    """In its own process: pytest within pytest would share plugins and warnings; pytest-benchmark measures nothing in a worker of xdist."""
     program = f"import pyops; pyops.__file__ = {pyops.__file__!r}; from pyops.cli import main; main()"
-    found = subprocess.run([sys.executable, "-c", program, "bench", *map(str, arguments)], capture_output=True, text=True)
+    command = [sys.executable, "-c", program, "bench", *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert found.returncode == code, found.stdout + found.stderr
     return found.stdout + found.stderr
 
