@@ -582,6 +582,28 @@ def test_manners_that_are_rewritten(kind):
     assert classes.is_fused(pyops.fuse(kind()))
 
 
+RESIDUALS = {
+    "added_to": "y += x\nreturn F.relu(y)",
+    "same_name": "y = y + x\ny = F.relu(y)\nreturn y",
+    "another_name": "z = y + x\nreturn F.relu(z)",
+    "within": "return F.relu(x + y)",
+    "within_its_own": "x = F.relu(y + x)\nreturn self.bn1(x)",
+    "shortcut": "return F.relu(y + self.down(x))",
+}
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("lines", RESIDUALS.values(), ids=RESIDUALS)
+def test_residuals(lines, train):
+    """However the sum is written, and though the variable was read before."""
+    lines = f"y = F.relu(self.bn1(self.conv1(x)))\ny = self.bn2(self.conv2(y))\n{lines}".replace("\n", "\n        ")
+    kind = made(f"class Written(Base):\n    def forward(self, x):\n        {lines}\n", "Written", f"<residual {hash(lines)}>")
+    torch.manual_seed(0)
+    check_fused(kind(), image(), train)
+    calls = [name for name in rewrite.methods_of(kind)["forward"].__code__.co_consts if isinstance(name, tuple)]
+    assert any(set(names) >= {"conv2", "bn2"} and {"+", "+="} & set(names) and "ReLU([], {})" in names[3:] for names in calls), calls
+
+
 def test_layers_replaced_after_the_fusion():
     torch.manual_seed(0)
     model = Skips().eval()
@@ -672,7 +694,7 @@ def forwards(draw):
         target = draw(st.sampled_from([source if source != "x" else "v0", f"v{step}"]))
         calls = draw(st.lists(st.sampled_from(LAYERS), min_size=1, max_size=3))
         value = functools.reduce(lambda inner, layer: f"F.relu({inner})" if layer == "none" else f"self.{layer}({inner})", calls, source)
-        kind = draw(st.sampled_from(["call", "call", "sum", "swapped", "added", "branch"]))
+        kind = draw(st.sampled_from(["call", "call", "sum", "swapped", "added", "branch", "within"]))
         other = draw(st.sampled_from(names))
         if kind == "sum":
             value = f"{value} + {other}"
@@ -680,6 +702,8 @@ def forwards(draw):
             value = f"{other} + {value}"
         elif kind == "branch":
             value = f"{value} + self.down({other})"
+        elif kind == "within":
+            value = f"self.act({value} + {other})"
         lines.append(f"{target} = {value}")
         names.append(target)
         if kind == "added" and other != target:

@@ -13,11 +13,13 @@ from torch import nn
 import pyops
 
 from .fused import check_inference, check_training
+from .models import liven
 
 models = pytest.importorskip("torchvision.models")
 from torchvision.models import convnext, efficientnet, mobilenetv3, regnet, swin_transformer  # noqa: E402
 from torchvision.models.detection import backbone_utils  # noqa: E402
 from torchvision.models.video.swin_transformer import SwinTransformer3d  # noqa: E402
+from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
 
 
 def short(name: str, **options) -> nn.Module:
@@ -199,3 +201,52 @@ def test_a_residual_is_added_in_place():
     pyops.fuse(block)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert block(x).dtype == eager(x).dtype == torch.bfloat16
+
+
+def test_frozen_batch_norms():
+    """Folded into their convolutions, in training mode too, and with gradients of what is around them; under autocast they give float32."""
+    torch.manual_seed(0)
+    model = short("resnet18", norm_layer=FrozenBatchNorm2d)
+    for norm in model.modules():
+        if isinstance(norm, FrozenBatchNorm2d):
+            norm.running_mean.normal_(0, 0.1), norm.running_var.uniform_(0.5, 1.5)
+            norm.weight.uniform_(0.5, 1.5), norm.bias.normal_(0, 0.1)
+    check_training(copy.deepcopy(model), images(32, 4))
+    check_inference(copy.deepcopy(model), images(32, 6))
+    eager = copy.deepcopy(model)
+    pyops.fuse(model)
+    rows = [row for row in pyops.explain(model, images(32, 1)).rows if "FrozenBatchNorm2d" in row.kinds]
+    assert rows and all(row.ours and row.kinds[0] == "Conv2d" for row in rows)
+    for train in (True, False):
+        x = images(32, 2).requires_grad_(train)
+        with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = (network.train(train).layer1(network.conv1(x)) for network in (model, eager))
+        assert ours.dtype == theirs.dtype and (ours - theirs).norm() <= 0.05 * theirs.norm()
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large"])
+def test_detectors(name):
+    """Lists of images of different sizes in, dictionaries out: losses in training, scores without."""
+    small = dict(min_size=96, max_size=128, rpn_nms_thresh=1.0, box_nms_thresh=1.0, box_score_thresh=0.0)
+    options = small if "rcnn" in name else dict(nms_thresh=1.0, score_thresh=0.0)  # no box rules out another: rounding decides some
+    torch.manual_seed(0)
+    model = models.get_model(name, weights=None, weights_backbone=None, num_classes=5, **options)
+    liven(model)
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    eager = copy.deepcopy(model)
+    pyops.fuse(model)
+    pictures = [torch.rand(3, 96, 128), torch.rand(3, 120, 100)]
+    targets = [{"boxes": torch.tensor([[10.0, 10.0, 60.0, 70.0]]), "labels": torch.tensor([i])} for i in (1, 3)]
+
+    def outcome(network, train):
+        torch.manual_seed(1)  # of the boxes that a loss is taken of
+        with torch.set_grad_enabled(train):
+            return network.train(train)(pictures, targets if train else None)
+
+    losses, expected = outcome(model, True), outcome(eager, True)
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
+    for found, wanted in zip(outcome(model, False), outcome(eager, False), strict=True):
+        assert len(wanted["boxes"]) > 10
+        torch.testing.assert_close(found["scores"], wanted["scores"], rtol=1e-3, atol=1e-5)

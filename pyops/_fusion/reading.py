@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import types
-from collections import Counter
 from typing import Any
 
 import torch
@@ -37,7 +36,8 @@ class Rewriter:
         nodes = list(ast.walk(function))
         reads = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
         reads += [node.target for node in nodes if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name)]
-        self.loads = Counter(node.id for node in reads)
+        self.reads = [(node.id, (node.lineno, node.col_offset)) for node in reads]
+        self.loops = any(isinstance(node, (ast.For, ast.While)) for node in nodes)
         code = method.__code__
         self.locals = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
         inner = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -78,10 +78,11 @@ class Rewriter:
         while tail is None and target is not None and count < len(statements):
             more, names, result = self.goes_on(statements[count], target)
             if names is not None:
-                run.names += names
+                if more is None:
+                    run.names += names
+                else:
+                    tail = (*more, names)
                 target, count = result, count + 1
-                if more is not None:
-                    tail = (*more, [])
                 continue
             skipped = self.sum_behind(statements[count:], target, run.names)
             if skipped:
@@ -113,7 +114,7 @@ class Rewriter:
 
     def goes_on(self, statement: ast.stmt, name: str) -> tuple[tuple[str, ast.expr] | None, list[str] | None, str | None]:
         """((sum, residual) or None, names, where the result is) if the statement only leads the value called `name` on; else names is
-        None."""
+        None. With a sum the names are of what is behind it."""
         nothing = None, None, None
         if isinstance(statement, ast.If):
             return None, self.optional(statement, name), name
@@ -122,18 +123,24 @@ class Rewriter:
             adds = isinstance(statement.op, ast.Add) and isinstance(target, ast.Name) and target.id == name
             return (("+=", residual), [], name) if adds and self.is_residual(residual, name) else nothing
         result, value = _assigned(statement)
-        if value is None or name in self.captured or (result not in (name, None) and self.loads[name] > 1):
-            return nothing  # someone else reads the value
-        if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
-            for branch, residual in ((value.left, value.right), (value.right, value.left)):
-                if isinstance(branch, ast.Name) and branch.id == name and self.is_residual(residual, name):
-                    plain = isinstance(residual, ast.Name) or branch is value.left
-                    return (("+", residual), [], result) if plain else nothing
+        if value is None or name in self.captured or (result not in (name, None) and self.is_read_later(name, statement)):
             return nothing
         names, inner = self.peel(value)
+        if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Add):
+            for branch, residual in ((inner.left, inner.right), (inner.right, inner.left)):
+                if isinstance(branch, ast.Name) and branch.id == name and self.is_residual(residual, name):
+                    plain = isinstance(residual, ast.Name) or branch is inner.left
+                    return (("+", residual), names, result) if plain else nothing
+            return nothing
         if isinstance(inner, ast.Name) and inner.id == name and names:
             return None, names, result
         return nothing
+
+    def is_read_later(self, name: str, statement: ast.stmt) -> bool:
+        """Whether something may read the variable behind the statement: what is written there or, where loops lead back, anywhere else."""
+        places = [place for read, place in self.reads if read == name]
+        end = (statement.end_lineno, statement.end_col_offset)
+        return len(places) > 1 if self.loops else any(place >= end for place in places)
 
     def optional(self, statement: ast.If, name: str) -> list[str] | None:
         """``if self.se is not None: name = self.se(name)``"""

@@ -13,16 +13,18 @@ from torch import Tensor
 
 from pyops import nn
 from pyops._fusion import rules
-from pyops._fusion.rules import Change, rule
+from pyops._fusion.rules import Change, alias, rule
 from pyops._fusion.torch_layers import sequential
 from pyops.nn._derived import has_hooks, kind_of
-from pyops.nn.conv import parts_of
+from pyops.nn.conv import FrozenBatchNorm, parts_of
 from pyops.nn.convnext import Permute
 from pyops.nn.linear import BlockLinear
 from pyops.nn.mbconv import BlockView
 from pyops.ops import _conv_call
 
 BACKEND = {"backend": None}
+
+alias("torchvision.ops.misc.FrozenBatchNorm2d", FrozenBatchNorm, "6a1420ec4830d565")
 
 
 class _AddsInPlace:

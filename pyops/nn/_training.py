@@ -100,7 +100,7 @@ def _convolve_dense(k: Kernels, conv: Any, norm: Any, image: Tensor, filter: Ten
     if min(size) < 1:
         raise ValueError(f"ConvBNAct: input: {tuple(image.shape[2:])} is too small for {conv}")
     on_gpu = not image.is_cpu or k is KERNELS["triton"]
-    batch = _takes_batch(norm)
+    batch = takes_batch(norm)
     output, moments = _conv_run.convolve(k, image, filter, None, call, size, moments=batch, dense=on_gpu)
     return output, k.channel_moments(output.detach()) if moments is None and batch else moments
 
@@ -129,13 +129,14 @@ def _group(norm: nn.Module) -> str:
     return _groups.name_of(norm.process_group or torch.distributed.group.WORLD)
 
 
-def _takes_batch(norm: Any) -> bool:
-    return norm.training or norm.running_mean is None
+def takes_batch(norm: Any) -> bool:
+    """Whether it normalises by the batch's statistics now."""
+    return norm.running_mean is None or (norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm))
 
 
 def _statistics(norm: Any, moments: Any, output: Tensor, group: str) -> Tensor:
     """Batch statistics of `output` in training, with the running ones moved as torch's BatchNorm2d moves them; else those."""
-    if not _takes_batch(norm):
+    if not takes_batch(norm):
         return constant_statistics(norm.running_mean, norm.running_var, norm.eps, output)
     return batch_statistics(norm, moments, output.numel() // output.shape[1], group)
 

@@ -71,7 +71,18 @@ class BatchNormAct(nn.BatchNorm2d):
     act: nn.Module
 
 
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct)
+class FrozenBatchNorm(nn.Module):
+    """The kind of batch norms whose statistics are constants in training too; what they give has the wider of input's and their dtype."""
+
+    weight: Tensor
+
+
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct, FrozenBatchNorm)
+
+
+def widens(norm: Any, conv: nn.Conv2d, autocast: bool = False) -> bool:
+    """Whether the norm gives another dtype than the convolution; autocast: a call in which that one's is not its filter's."""
+    return kind_of(norm) is FrozenBatchNorm and (autocast or norm.weight.dtype != conv.weight.dtype)
 
 
 def inside(layer: Any) -> list[nn.Module]:
@@ -285,6 +296,7 @@ class ConvBNAct(Keeps, nn.Sequential):
             return None
         conv: Any = parts.conv
         plain = conv.bias is None and parts.norm is not None and _training.takes(conv, input)
+        plain = plain and not widens(parts.norm, conv, _conv_call.is_autocast(input.device.type))
         return parts if plain and input.dim() == 4 and input.shape[1] == conv.in_channels else None
 
     def convolve(self, kernels, input: _training.Pending, gates: _training.Gates | None = None) -> _training.Pending:
@@ -304,7 +316,7 @@ class ConvBNAct(Keeps, nn.Sequential):
         norm: Any = parts.norm
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return None
-        if norm is not None and (norm.training or norm.running_mean is None):
+        if norm is not None and (_training.takes_batch(norm) or widens(norm, conv)):
             return None
         if norm is None:
             kind = torch.promote_types(conv.weight.dtype, torch.float32)
