@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import cached_property
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyops.ops import _conv_call
 
+_version, _address = attrgetter("_version"), Tensor.data_ptr
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -44,22 +45,28 @@ class Kept(NamedTuple):
     owners: list[dict]
     names: list[str]
     values: list[Any]  # what each owner has under its name
-    versions: list[tuple[Tensor, int, int]]  # and where its elements are
-    hooks: list[dict]
-    hooked: list[bool]
+    tensors: list[Tensor]
+    versions: list[int]
+    placed: list[Tensor]  # those that have memory of their own
+    addresses: list[int]
+    unhooked: list[dict]
+    hooked: list[dict]
     children: list[dict]
     counts: list[int]  # of each part's children: one may be added
     step: int | None
 
     def holds(self, facts: Any) -> bool:
-        if self.facts != facts or self.step not in (None, _last_step):
-            return False
-        if not all(map(is_, map(dict.get, self.owners, self.names), self.values)):  # half a loop's time, at every call of a layer
-            return False
-        for tensor, version, address in self.versions:
-            if tensor._version != version or _address(tensor) != address:
-                return False
-        return list(map(bool, self.hooks)) == self.hooked and list(map(len, self.children)) == self.counts
+        """Asked at every call of a layer, so by maps, which take half a loop's time."""
+        return (
+            self.facts == facts
+            and self.step in (None, _last_step)
+            and all(map(is_, map(dict.get, self.owners, self.names), self.values))
+            and list(map(_version, self.tensors)) == self.versions
+            and list(map(_address, self.placed)) == self.addresses
+            and not any(self.unhooked)
+            and all(self.hooked)
+            and list(map(len, self.children)) == self.counts
+        )
 
 
 class Derived:
@@ -135,7 +142,7 @@ def _state_of(module: nn.Module, of_tensors: bool) -> tuple | None:
     entries: list[tuple[dict, str, Any]] = []
     hooks: list[dict] = []
     children: list[dict] = []
-    versions, step = [], _last_step if of_tensors else None
+    tensors, step = [], _last_step if of_tensors else None
     for part in module.modules():
         if "_is_fsdp_managed_module" in part.__dict__:
             return None
@@ -150,13 +157,12 @@ def _state_of(module: nn.Module, of_tensors: bool) -> tuple | None:
                 if tensor is not None and of_tensors:
                     if tensor.is_inference():
                         return None
-                    versions.append((tensor, tensor._version, _address(tensor)))
+                    tensors.append(tensor)
     owners, names, values = (list(column) for column in zip(*entries, strict=True))
-    return owners, names, values, versions, hooks, list(map(bool, hooks)), children, list(map(len, children)), step
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0  # a subclass may have no memory of its own
+    placed = [tensor for tensor in tensors if type(tensor) in (Tensor, nn.Parameter)]  # a subclass may have none
+    unhooked, hooked = [found for found in hooks if not found], [found for found in hooks if found]
+    state = (tensors, list(map(_version, tensors)), placed, list(map(_address, placed)), unhooked, hooked)
+    return owners, names, values, *state, children, list(map(len, children)), step
 
 
 def has_hooks(module: nn.Module) -> bool:
