@@ -108,18 +108,16 @@ class MBConv(Keeps, nn.Module):
         self.out_channels, self.backend = out_channels, backend
 
     def forward(self, input: Tensor) -> Tensor:
-        first: Any = self.block[0]
-        folds = can_fold(first[0].weight, input) and not drops(self)
-        if folds and input.is_cpu and not torch.compiler.is_compiling():
-            wish = _backends.requested(self.backend)
-            kernel = self._kept.get(self.block, self._pack, input.dtype) if wish in ("auto", "cpu") else None
-            if kernel is not None:  # made for standard layers, and they have not changed
-                return self._infer(input, *kernel)
+        if (self.backend is None and _conv_call.is_plain_inference(input)) or self._wishes_kernel(input):
+            kernel = self._kept.get(self, self._pack)
+            if kernel is not None and kernel[0] == input.dtype:  # made for standard layers, and they have not changed
+                return self._infer(input, *kernel[1:])
         if not is_standard(self, self.kinds):
             output = self.block(input)
             return self.stochastic_depth(output) + input if self.use_res_connect else output
         parts: list[Any] = [part for part in self.block if isinstance(part, ConvBNAct)]
-        folded = parts[-1].folded() if folds else None
+        first = parts[0]
+        folded = parts[-1].folded() if can_fold(first[0].weight, input) and not drops(self) else None
         if folded is not None:
             return self._run_folded(input, folded)
         if first.can_train(input) and all(part[0].bias is None for part in parts):
@@ -128,6 +126,12 @@ class MBConv(Keeps, nn.Module):
                 return _conv_call.in_layout_of(self._train(kernels, input), input)
         output = self.block(input)
         return self.stochastic_depth(output) + input if self.use_res_connect else output
+
+    def _wishes_kernel(self, input: Tensor) -> bool:
+        """Whether a call is inference on a CPU, with a backend by name that the kernel obeys."""
+        follows = torch.is_grad_enabled() or torch.compiler.is_compiling() or _conv_call.is_recorded()
+        plain = input.is_cpu and not follows and not _conv_call.is_autocast("cpu")
+        return plain and _backends.requested(self.backend) in ("auto", "cpu")
 
     def _run_folded(self, input: Tensor, folded: Folded) -> Tensor:
         """Inference, a kernel a convolution, or one for the first two: the last takes the gates on its way in and adds the residual on
@@ -173,9 +177,10 @@ class MBConv(Keeps, nn.Module):
         expand = layers.pop(0) if self.expands else None
         return expand, layers[0], layers[1] if len(layers) == 3 else None, layers[-1]
 
-    def _pack(self) -> tuple[Tensor, tuple] | None:
-        """(packed weights, the op's other arguments), or None where the kernel cannot stand for the block."""
-        if _library.not_loaded_reason() is not None or not is_standard(self, self.kinds):
+    def _pack(self) -> tuple[torch.dtype, int, Tensor, tuple] | None:
+        """(dtype and channels of the input, packed weights, the op's other arguments), or None where the kernel cannot stand for the
+        block."""
+        if _library.not_loaded_reason() is not None or not is_standard(self, self.kinds) or self.stochastic_depth.training:
             return None
         expand, depthwise, squeeze, project = self._parts()
         parts = [part for part in (expand, depthwise, project) if part is not None]
@@ -191,16 +196,15 @@ class MBConv(Keeps, nn.Module):
             gates = tuple(t.float() for layer in (squeeze.fc1, squeeze.fc2) for t in (layer.weight, layer.bias))
         weights = (*((None, None) if expand is None else folded[0][:2]), *folded[-2][:2], *gates, *folded[-1][:2])
         packed = torch.ops.pyops.mbconv_pack.default(*weights, dtype == torch.bfloat16)
-        conv, names = depthwise[0], (depthwise.activation, *(("none", "none") if squeeze is None else squeeze.names))
-        return packed, (
+        first, conv, names = parts[0][0], depthwise[0], (depthwise.activation, *(("none", "none") if squeeze is None else squeeze.names))
+        return dtype, first.in_channels, packed, (
             conv.out_channels, 0 if squeeze is None else squeeze.fc1.out_channels, project[0].out_channels, conv.kernel_size[0],
             conv.stride[0], *(_activations.NAMES.index(name) for name in names), expand is not None, self.use_res_connect,
         )  # fmt: skip
 
-    def _infer(self, input: Tensor, packed: Tensor, options: tuple) -> Tensor:
-        first: Any = self.block[0]
-        if input.dim() != 4 or input.shape[1] != first[0].in_channels:
-            raise ValueError(f"MBConv: input: expected [N, {first[0].in_channels}, H, W], got shape {tuple(input.shape)}")
+    def _infer(self, input: Tensor, channels: int, packed: Tensor, options: tuple) -> Tensor:
+        if input.dim() != 4 or input.shape[1] != channels:
+            raise ValueError(f"MBConv: input: expected [N, {channels}, H, W], got shape {tuple(input.shape)}")
         output = torch.ops.pyops.mbconv_infer.default(input, packed, *options)
         return output if input.is_contiguous(memory_format=torch.channels_last) else output.contiguous()
 

@@ -135,7 +135,7 @@ def _plan_cpu(input, weight, bias, call: Conv, kept: dict, size, O: int) -> Plan
     if seen.transposed:
         filter = _kept(kept, ("doubled", input.dtype), lambda: doubled.to(input.dtype).contiguous(memory_format=torch.channels_last))
         return lambda x, beside: _pooled(_unfused(x, filter, bias, beside, seen), pool)
-    small = _products(input, weight, size) < _small_conv_ops.MOST_PRODUCTS and weight.numel() <= _small_conv_ops.MOST_WEIGHTS
+    small = _small_conv_ops.is_small(_products(input, weight, size), weight.numel())
     if small and not call.upsample and call.groups == 1 and set(call.dilation) == {1}:
         return _plan_small(input, weight, bias, call, kept)
     plain = _plan_onednn(image, weight, bias, seen, kept, size)

@@ -15,8 +15,10 @@ from torch import Tensor
 from pyops import _library
 from pyops.ops import _activations, _channel_ops, _depthwise_ops
 
-# up to which the kernel is the fastest: oneDNN's fused call takes 60 us to start, and holds larger filters better in its caches
-MOST_PRODUCTS, MOST_WEIGHTS = 6e6, 2**18
+
+def is_small(products: int, weights: int) -> bool:
+    """Whether the kernel is the fastest: oneDNN's fused call takes 60 us to start, and holds larger filters better in its caches."""
+    return products < (6e6 if weights <= 2**18 else 3e6)
 
 
 def pack(weight: Tensor) -> Tensor:
