@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 import pyops
 from pyops.nn import LinearAct
+from pyops.ops import _activations, _machine
 from pyops.testing import within_gate
 
 
@@ -100,3 +101,60 @@ def test_fake_tensors_leave_no_trace():
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 assert isinstance(layer(mode.from_tensor(x)), FakeTensor)
             assert torch.equal(layer(x), expected)
+
+
+@pytest.fixture
+def mkl_calls(monkeypatch):
+    """Numbers of rows that MKL multiplied, on a machine where it is the faster library."""
+    calls: list[int] = []
+    if not torch.backends.mkl.is_available() or not hasattr(torch.ops.mkl, "_mkl_linear"):
+        pytest.skip("PyTorch was built without MKL")
+    multiply = torch.ops.mkl._mkl_linear
+    monkeypatch.setattr(_machine, "prefers_mkl", lambda: True)
+    monkeypatch.setattr(torch.ops.mkl, "_mkl_linear", lambda *args: calls.append(args[-1]) or multiply(*args))
+    return calls
+
+
+@pytest.mark.parametrize("activation", _activations.NAMES)
+def test_inference_by_mkl(activation, mkl_calls):
+    draws = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        layer, wide, residual = LinearAct(128, 96, activation=activation), torch.randn(70, 256), torch.randn(70, 96)
+        truth, x, apply = copy.deepcopy(layer).double(), wide[:, ::2], _activations.REFERENCE[activation]
+        with torch.no_grad():
+            for beside in (None, residual):
+                for _ in range(3):
+                    plus = torch.zeros(()) if beside is None else beside
+                    expected = apply(F.linear(x.double(), truth.weight, truth.bias) + plus.double(), 0.01)
+                    draws.append((layer(x, beside), expected, apply(F.linear(x, layer.weight, layer.bias) + plus, 0.01)))
+    assert within_gate(draws, torch.float32) is None
+    assert len(mkl_calls) == 6 * 2 * 2  # all but the first of either kind
+
+
+def test_mkl_layouts_are_few(mkl_calls):
+    layer = LinearAct(128, 96)
+    with torch.no_grad():
+        for rows in (50, 51, 50, 51, 20, 20):  # none comes twice in a row, or too few rows
+            layer(torch.randn(rows, 128))
+        assert not mkl_calls
+        for rows in range(50, 60):
+            for _ in range(3):
+                x = torch.randn(rows, 128)
+                torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+        assert mkl_calls == [rows for rows in (50, 51, 52, 53) for _ in range(2)]
+        layer.weight.mul_(2)
+        for _ in range(2):
+            torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+        assert mkl_calls[-1] == 59
+
+
+def test_the_faster_library_is_measured(monkeypatch):
+    monkeypatch.setattr(_machine, "MEASURES", True)
+    _machine._mkl_is_faster.cache_clear()
+    assert _machine.prefers_mkl() in (True, False)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not _machine.prefers_mkl()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,8 +1,10 @@
 // The fused MLP on the CPU (mlp.h says what it computes), compiled once per instruction set.
 //
-// A member takes an even share of the rows, up to 48 at a time: they are normalised into L2, then for every 64 hidden columns the first
-// product goes to an L1 buffer, is activated there, and is multiplied into the rows' outputs [48][O] in L2, which are stored once.
-// Weights are read once for every 48 rows, from L2 or L3.
+// Small weights: a member takes an even share of the rows, up to 48 at a time: they are normalised into L2, then for every 64 hidden
+// columns the first product goes to an L1 buffer, is activated there, and is multiplied into the rows' outputs [48][O] in L2, which are
+// stored once. Weights are read once for every 48 rows, from L2.
+// Large weights, which would come from L3 or memory: all members take the same rows, up to 240, and each its columns of the hidden rows,
+// then of the outputs. Weights are read once for all of those rows, by whoever multiplies them.
 #include "../conv/depthwise_cpu_pass.h"
 #include "../conv/mbconv_cpu_gemm.h"
 #include "mlp_cpu.h"
@@ -19,8 +21,11 @@ using conv::PYOPS_ISA::tile_rows;
 using cpu::Layout;
 using cpu::Team;
 
-constexpr int64_t kTile = 48;    // rows
-constexpr int64_t kSlice = 160;  // lanes summed apart, as in pointwise_cpu_kernel.cpp
+constexpr int64_t kTile = 48;        // rows of a member
+constexpr int kRows = 6;             // of an interleaved tile
+constexpr int64_t kTogether = 240;   // rows of all members
+constexpr int64_t kLarge = 1 << 18;  // floats of weights that no longer stay in a core's cache: 1 MiB
+constexpr int64_t kSlice = 96;       // lanes summed apart: four blocks of weights take 24 KiB and stay in L1
 constexpr int64_t kColumns = kMaxBlocks * kBlock;
 
 // S: storage of rows; E: what is multiplied, S itself or float.
@@ -30,7 +35,9 @@ struct MlpPass {
   const MlpSizes& s;
   const MlpLayout at;
   const int64_t ldx, ldo;
+  const bool together;
   int threads;
+  E *rows = nullptr, *hidden = nullptr;  // of all members, interleaved by tiles of up to kRows: [rows' lanes], [hidden lanes] of each
   char* members = nullptr;
   size_t member_bytes = 0;
   struct Member {
@@ -44,15 +51,16 @@ struct MlpPass {
         at(s, sizeof(E) == 2),
         ldx(((s.C + 31) / 32 | 1) * 32),
         ldo(at.out_blocks * kBlock + kBlock),
+        together(at.floats > kLarge),
         threads(team) {}
 
   Member member(Layout& to) const {
     Member me;
-    me.x = to.take<E>(kTile * ldx);
-    me.hidden = to.take<E>(kTile * kColumns);
+    me.x = to.take<E>((together ? kRows : kTile) * ldx);
+    me.hidden = to.take<E>((together ? kRows : kTile) * kColumns);
     me.row = to.take<float>(ldx);
-    me.sums = to.take<float>(kTile * kColumns);
-    me.out = to.take<float>(kTile * ldo);
+    me.sums = to.take<float>((together ? kTogether : kTile) * kColumns);
+    me.out = to.take<float>(together ? 0 : kTile * ldo);
     return me;
   }
   void lay_out(Layout& to) {
@@ -60,6 +68,8 @@ struct MlpPass {
     member(one);
     member_bytes = one.bytes;
     members = to.take<char>(threads * static_cast<int64_t>(member_bytes));
+    rows = to.take<E>(together ? kTogether * at.lanes * kPair<E> : 0);
+    hidden = to.take<E>(together ? kTogether * at.hidden_lanes * kPair<E> : 0);
   }
 
   void stage(const Member& me, int64_t m, E* to) const {
@@ -88,6 +98,33 @@ struct MlpPass {
     if (kPair<E> > 1 && s.C % 2) to[s.C] = E{};
   }
 
+  // f(first row, rows) for each tile of interleaved rows.
+  template <class F>
+  static void each_tile(int64_t count, F&& f) {
+    for (int64_t i = 0, n; i < count; i += n) n = block_rows(count - i, kRows), f(i, n);
+  }
+  // [lanes][n] from n rows `ld` apart.
+  static void interleave(const E* from, int64_t ld, int64_t n, int64_t lanes, E* to) {
+    const auto copy = [&](auto rows) {
+      for (int64_t k = 0; k < lanes; ++k)
+        for (int r = 0; r < rows; ++r) __builtin_memcpy(to + (k * rows + r) * kPair<E>, from + r * ld + k * kPair<E>, sizeof(float));
+    };
+    if (n == kRows) return copy(std::integral_constant<int, kRows>{});
+    copy(static_cast<int>(n));
+  }
+  // sums[r] = a[r] * w for interleaved rows of so many lanes, [count][kColumns].
+  void multiply_interleaved(const E* a, int64_t count, const float* w, int blocks, int64_t lanes, float* sums) const {
+    for (int64_t k0 = 0; k0 < lanes; k0 += kSlice) {
+      const int64_t k1 = k0 + kSlice < lanes ? k0 + kSlice : lanes;
+      each_tile(count, [&](int64_t i, int64_t n) {
+        const E* from[kRows];
+        float* to[kRows];
+        for (int64_t r = 0; r < n; ++r) from[r] = a + (i * lanes + r) * kPair<E>, to[r] = sums + (i + r) * kColumns;
+        gemm_tile<true>(static_cast<int>(n), blocks, from, w, lanes * kBlock, k0, k1, to, kBlock, k0 > 0);
+      });
+    }
+  }
+
   // sums[r][block0 ..] (+)= a[r] * w for `count` rows, `a` rows lda apart.
   void multiply(const E* a, int64_t lda, int64_t count, const float* w, int64_t block_stride, int blocks, int64_t lanes, float* out,
                 int64_t ld, bool add) const {
@@ -104,6 +141,32 @@ struct MlpPass {
     }
   }
 
+  // Hidden columns of blocks from b0 on, from their sums.
+  void activate(const float* sums, int64_t b0, int64_t columns, int64_t count, E* to, int64_t ld) const {
+    const float* bias = p.packed + at.first_bias + b0 * kBlock;
+    conv::PYOPS_ISA::with_activation(p.activation, [&](auto a) {
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t c = 0; c < columns; c += kF) {
+          const vf z = load(sums + r * kColumns + c) + load(bias + c);
+          store_as(to + r * ld + c, conv::PYOPS_ISA::activate<decltype(a)::value>(z, p.slope));
+        }
+    });
+  }
+
+  // Outputs o0 to o1 of rows from m0 on, from their sums without bias.
+  void finish(const float* sums, int64_t ld, int64_t m0, int64_t count, int64_t o0, int64_t o1) const {
+    const float* bias = p.packed + at.second_bias;
+    for (int64_t r = 0; r < count; ++r) {
+      const S* residual = p.residual ? static_cast<const S*>(p.residual) + (m0 + r) * s.O : nullptr;
+      S* to = static_cast<S*>(p.output) + (m0 + r) * s.O;
+      for (int64_t o = o0; o < o1; o += kF) {
+        vf y = load(sums + r * ld + o - o0) + load(bias + o);
+        if (residual) y += get(residual + o, s.O - o);
+        put(to + o, y, s.O - o);
+      }
+    }
+  }
+
   void tile(const Member& me, int64_t m0, int64_t count) const {
     for (int64_t r = 0; r < count; ++r) stage(me, m0 + r, me.x + r * ldx);
     for (int64_t b0 = 0; b0 < at.hidden_blocks; b0 += kMaxBlocks) {
@@ -111,14 +174,7 @@ struct MlpPass {
       const int64_t columns = blocks * kBlock, hidden = columns / kPair<E>;
       multiply(me.x, ldx, count, p.packed + at.first + b0 * at.lanes * kBlock, at.lanes * kBlock, blocks, at.lanes, me.sums, kColumns,
                false);
-      const float* bias = p.packed + at.first_bias + b0 * kBlock;
-      conv::PYOPS_ISA::with_activation(p.activation, [&](auto a) {
-        for (int64_t r = 0; r < count; ++r)
-          for (int64_t c = 0; c < columns; c += kF) {
-            const vf z = load(me.sums + r * kColumns + c) + load(bias + c);
-            store_as(me.hidden + r * kColumns + c, conv::PYOPS_ISA::activate<decltype(a)::value>(z, p.slope));
-          }
-      });
+      activate(me.sums, b0, columns, count, me.hidden, kColumns);
       const float* second = p.packed + at.second + b0 * kBlock / kPair<E> * kBlock;
       for (int64_t o0 = 0; o0 < at.out_blocks; o0 += kMaxBlocks) {
         const int outs = static_cast<int>(at.out_blocks - o0 < kMaxBlocks ? at.out_blocks - o0 : kMaxBlocks);
@@ -126,21 +182,50 @@ struct MlpPass {
                  me.out + o0 * kBlock, ldo, b0 > 0);
       }
     }
-    const float* bias = p.packed + at.second_bias;
-    for (int64_t r = 0; r < count; ++r) {
-      const S* residual = p.residual ? static_cast<const S*>(p.residual) + (m0 + r) * s.O : nullptr;
-      S* to = static_cast<S*>(p.output) + (m0 + r) * s.O;
-      for (int64_t o = 0; o < s.O; o += kF) {
-        vf y = load(me.out + r * ldo + o) + load(bias + o);
-        if (residual) y += get(residual + o, s.O - o);
-        put(to + o, y, s.O - o);
+    finish(me.out, ldo, m0, count, 0, s.O);
+  }
+
+  // The same by all members, each its share of either product's columns.
+  void tile_together(const Team& team, const Member& me, int64_t m0, int64_t count) const {
+    const auto share = [&](int64_t of, const auto& f) {
+      const int64_t begin = of * team.rank / team.size, end = of * (team.rank + 1) / team.size, groups = (end - begin + 3) / kMaxBlocks;
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = begin + (end - begin) * g / groups, next = begin + (end - begin) * (g + 1) / groups;
+        f(first, static_cast<int>(next - first));
       }
-    }
+    };
+    int64_t tiles = 0, tile = 0;
+    each_tile(count, [&](int64_t, int64_t) { ++tiles; });
+    each_tile(count, [&](int64_t i, int64_t n) {
+      if (tile++ * team.size / tiles != team.rank) return;
+      for (int64_t r = 0; r < n; ++r) stage(me, m0 + i + r, me.x + r * ldx);
+      interleave(me.x, ldx, n, at.lanes, rows + i * at.lanes * kPair<E>);
+    });
+    team.sync();
+    share(at.hidden_blocks, [&](int64_t b0, int blocks) {
+      multiply_interleaved(rows, count, p.packed + at.first + b0 * at.lanes * kBlock, blocks, at.lanes, me.sums);
+      const int64_t columns = blocks * kBlock, lanes = columns / kPair<E>, lane0 = b0 * kBlock / kPair<E>;
+      each_tile(count, [&](int64_t i, int64_t n) {
+        activate(me.sums + i * kColumns, b0, columns, n, me.hidden, kColumns);
+        interleave(me.hidden, kColumns, n, lanes, hidden + (i * at.hidden_lanes + lane0 * n) * kPair<E>);
+      });
+    });
+    team.sync();
+    share(at.out_blocks, [&](int64_t b0, int blocks) {
+      multiply_interleaved(hidden, count, p.packed + at.second + b0 * at.hidden_lanes * kBlock, blocks, at.hidden_lanes, me.sums);
+      const int64_t o0 = b0 * kBlock, o1 = o0 + blocks * kBlock;
+      finish(me.sums, kColumns, m0, count, o0, o1 < s.O ? o1 : s.O);
+    });
+    team.sync();  // the rows are free again
   }
 
   void run(const Team& team) const {
     Layout to{members + team.rank * member_bytes};
     const Member me = member(to);
+    if (together) {
+      for (int64_t m = 0, n; m < p.M; m += n) n = block_rows(p.M - m, kTogether), tile_together(team, me, m, n);
+      return;
+    }
     const int64_t begin = p.M * team.rank / team.size, end = p.M * (team.rank + 1) / team.size;
     for (int64_t m = begin, n; m < end; m += n) {
       n = block_rows(end - m, kTile);

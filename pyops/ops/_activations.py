@@ -47,5 +47,14 @@ def apply(x: Tensor, activation: int, slope: float) -> Tensor:
     return REFERENCE[NAMES[activation]](x, slope)
 
 
+def apply_(x: Tensor, activation: int, slope: float) -> Tensor:
+    """The same in place, without gradients."""
+    if activation == 0:
+        return x
+    name = NAMES[activation]
+    function = getattr(_aten, f"{name}_").default
+    return function(x, slope) if name == "leaky_relu" else function(x)
+
+
 def apply_backward(grad: Tensor, x: Tensor, activation: int, slope: float) -> Tensor:
     return BACKWARD[NAMES[activation]](grad, x, slope)

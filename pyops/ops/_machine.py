@@ -37,6 +37,27 @@ def rates(dtype: torch.dtype) -> Rates:
     return Rates(_products(dtype, threads), _reading(CACHED, threads), _reading(UNCACHED, threads))
 
 
+def prefers_mkl() -> bool:
+    """Whether MKL's products with weights laid out for them are faster than oneDNN's, in float32. Measured, and fixed, as `rates` are."""
+    if not MEASURES or torch.are_deterministic_algorithms_enabled() or _conv_call.is_followed():
+        return False
+    return _mkl_is_faster(torch.get_num_threads())
+
+
+@functools.cache
+def _mkl_is_faster(threads: int) -> bool:
+    if not (torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")):
+        return False
+    M, N, K = 192, 768, 768
+    mkl: Any = torch.ops.mkl
+    onednn: Any = torch.ops.mkldnn
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        rows, weight = torch.ones(M, K, device="cpu"), torch.ones(N, K, device="cpu")
+        first, second = mkl._mkl_reorder_linear_weight(weight, M), onednn._reorder_linear_weight(weight, M)
+        by_mkl = _best(lambda: mkl._mkl_linear(rows, first, weight, None, M))
+        return 1.05 * by_mkl < _best(lambda: onednn._linear_pointwise(rows, second, None, "none", [], ""))
+
+
 @functools.cache
 def _products(dtype: torch.dtype, threads: int) -> float:
     N, C, O, H, W = 1, 128, 128, 28, 28

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyops import _backends
-from pyops.ops import _activations, _conv_call, _linear_ops, _vendor_conv
+from pyops.ops import _activations, _conv_call, _linear_ops, _machine, _vendor_conv
 from pyops.ops._sharding import is_sharded
 
 OP = "linear_act"
@@ -82,6 +82,11 @@ def fused(input: Tensor) -> bool:
 
 
 def _by_onednn(input, weight, bias, residual, activation, slope, kept: dict | None) -> Tensor:
+    if kept is not None and input.dtype == torch.float32:
+        layout = kept.setdefault("mkl", MklLayout()).of(weight, input.shape[0], kept)
+        if layout is not None:
+            y = torch.ops.mkl._mkl_linear(input.contiguous(), layout, weight, bias, input.shape[0])
+            return _activations.apply_(y if residual is None else y.add_(residual), activation, slope)
     if kept is not None and hasattr(_onednn, "_reorder_linear_weight"):
         key = ("onednn", input.dtype)
         if key not in kept:
@@ -92,6 +97,30 @@ def _by_onednn(input, weight, bias, residual, activation, slope, kept: dict | No
         return _onednn._linear_pointwise(input, weight, bias, attr, scalars, "none" if attr == "gelu" else "")
     y = _onednn._linear_pointwise.binary(input, residual, weight, bias, "add")
     return _activations.apply(y, activation, slope)
+
+
+class MklLayout:
+    """A weight as MKL multiplies it with one number of rows, where MKL is the faster library. It is made when a number of rows comes again,
+    and a few times at most: sequences of every length are oneDNN's, whose layout serves them all."""
+
+    FROM_ROWS, MOST = 32, 4
+
+    def __init__(self) -> None:
+        self.last, self.made = 0, 0
+        self.found: tuple[int, Tensor | None] = (0, None)
+
+    def of(self, weight: Tensor, rows: int, kept: dict) -> Tensor | None:
+        """None where oneDNN is to run; a layout takes the place of oneDNN's in `kept`."""
+        known, layout = self.found
+        if known == rows:
+            return layout
+        again, self.last = rows == self.last, rows
+        if not again or rows < self.FROM_ROWS or self.made == self.MOST or not _machine.prefers_mkl():
+            return None
+        layout = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), rows)
+        self.made, self.found = self.made + 1, (rows, layout)
+        kept.pop(("onednn", weight.dtype), None)
+        return layout
 
 
 def choose(backend: str | None, input: Tensor, live: bool) -> str:
