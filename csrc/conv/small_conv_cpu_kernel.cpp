@@ -13,7 +13,7 @@ namespace pyops::conv::PYOPS_ISA {
 namespace {
 
 constexpr int kMostVectors = kF == 16 ? 4 : 2;  // of a tile; 24 sums in 32 registers, 12 in 16
-constexpr int64_t kMostSpan = 12, kRun = 16;    // positions of a tile, taps
+constexpr int64_t kMostSpan = 12, kRun = 8;     // positions of a tile, taps
 
 struct Tile {
   const float *image, *weight, *bias;  // of the first position and vector; bias may be null
