@@ -1,4 +1,4 @@
-"""How fast this machine convolves and reads, for choices between methods that multiply less and read more."""
+"""How fast this machine convolves, multiplies and reads: for choices between libraries, and between methods that read more."""
 
 from __future__ import annotations
 

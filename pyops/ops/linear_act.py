@@ -62,7 +62,7 @@ def run(name: str, input: Tensor, weight: Tensor, bias, residual, activation: in
         vector = _conv_call.as_vector(bias, input)
         output = torch.ops.pyops.linear_rows.default(rows, weight, vector, beside, activation, slope)
     elif fused(input):
-        output = _by_onednn(rows, weight, bias, beside, activation, slope, kept)
+        output = _by_library(rows, weight, bias, beside, activation, slope, kept)
     else:
         return run("eager", input, weight, bias, residual, activation, slope)
     return output if input.dim() == 2 else output.reshape(*input.shape[:-1], weight.shape[0])
@@ -81,7 +81,7 @@ def fused(input: Tensor) -> bool:
     return input.dtype == torch.float32 and (torch.compiler.is_compiling() or backends.mkldnn.matmul.fp32_precision != "ieee")
 
 
-def _by_onednn(input, weight, bias, residual, activation, slope, kept: dict | None) -> Tensor:
+def _by_library(input, weight, bias, residual, activation, slope, kept: dict | None) -> Tensor:
     if kept is not None and input.dtype == torch.float32:
         layout = kept.setdefault("mkl", MklLayout()).of(weight, input.shape[0], kept)
         if layout is not None:
