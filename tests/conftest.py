@@ -20,6 +20,10 @@ torch.set_num_threads(2)
 _machine.MEASURES = False
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all-kernels", action="store_true", help="compile every Triton kernel for the static budgets, not every third")
+
+
 DEVICES = {"cpu": "cpu", "vendor": "cpu", "cuda": "cuda", "triton": "cuda"}
 NO_GPU = {"cuda", "triton"} if not torch.cuda.is_available() else set()
 

@@ -1,6 +1,7 @@
 """Every Triton kernel that the dispatcher can pick, compiled ahead of time without a GPU, and what each costs.
 
-Run as a script this file is a worker: `triton_configurations.py INDEX COUNT` compiles its share, one line of JSON a kernel.
+Run as a script this file is a worker: `triton_configurations.py FIRST STEP CUOBJDUMP` compiles every STEP-th kernel from
+FIRST on, one line of JSON each.
 """
 
 import json
@@ -9,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # this file runs as a script too
@@ -67,7 +69,7 @@ def kernels(cell: str):
     return rnn.rnn_forward_kernel, rnn.rnn_backward_kernel, {"ACTIVATION": cell.removeprefix("rnn_")}
 
 
-def compiled(cell: str, backward: bool, dtype: str, hidden_size: int, arch: str):
+def compiled(cell: str, backward: bool, dtype: str, hidden_size: int, arch: int):
     """The kernel as a training step with lengths launches it."""
     import torch
     import triton
@@ -96,7 +98,7 @@ def compiled(cell: str, backward: bool, dtype: str, hidden_size: int, arch: str)
                 attributes[(position,)] = [["tt.divisibility", 16]]
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", ARCHITECTURES[arch], 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def costs(binary, folder: Path, cuobjdump: str) -> dict[str, int]:
@@ -118,50 +120,39 @@ def instructions(ptx: str) -> dict[str, bool]:
     }
 
 
-def main(index: int, count: int, cuobjdump: str) -> None:
+def every_kernel():
+    """(its name, how to compile it for a compute capability, what the tests want to know of it) of each kernel to compile."""
+    for cell, dtype, hidden_size in configurations():
+        facts = {"cell": cell, "dtype": dtype, "hidden_size": hidden_size}
+        for backward in (False, True):
+            name = f"{cell}_{'backward' if backward else 'forward'}<{dtype}, H={hidden_size}>"
+            yield name, partial(compiled, cell, backward, dtype, hidden_size), facts
+    for kernel, dtype, C in triton_depthwise.configurations():
+        facts = {"channels": C, "dtype": dtype}
+        yield f"depthwise_{kernel}<{dtype}, C={C}>", partial(triton_depthwise.compiled, kernel, dtype, C), facts
+    for kernel, dtype, C in triton_channel.configurations():
+        facts = {"channelwise": kernel, "dtype": dtype, "aligned": C % 8 == 0}
+        yield f"channel_{kernel}<{dtype}, C={C}>", partial(triton_channel.compiled, kernel, dtype, C), facts
+    for shape, dtype in triton_pointwise.configurations():
+        facts = {"pointwise": shape, "dtype": dtype, "aligned": triton_pointwise.SHAPES[shape][-1] == 8}
+        yield f"pointwise_conv<{dtype}, {shape}>", partial(triton_pointwise.compiled, shape, dtype), facts
+    for kernel, shape, dtype in triton_dense.configurations():
+        facts = {"dense": kernel, "dtype": dtype, "aligned": triton_dense.aligned(shape)}
+        yield triton_dense.title(kernel, shape, dtype), partial(triton_dense.compiled, kernel, shape, dtype), facts
+    for family in OTHERS:
+        for found in family.configurations():
+            facts = {family.FAMILY: found[0], "dtype": found[-1], "aligned": family.aligned(*found)}
+            yield family.title(*found), partial(family.compiled, *found), facts
+
+
+def main(first: int, step: int, cuobjdump: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["TRITON_CACHE_DIR"] = str(Path(scratch) / "cache")
-        jobs = [(arch, *found, backward) for arch in ARCHITECTURES for found in configurations() for backward in (False, True)]
-        for arch, cell, dtype, hidden_size, backward in jobs[index::count]:
-            name = f"{cell}_{'backward' if backward else 'forward'}<{dtype}, H={hidden_size}>"
-            binary = compiled(cell, backward, dtype, hidden_size, arch)
-            facts = {"cell": cell, "dtype": dtype, "hidden_size": hidden_size, **instructions(binary.asm["ptx"])}
-            print(json.dumps({"arch": arch, "kernel": name, "costs": costs(binary, Path(scratch), cuobjdump), **facts}), flush=True)
-        depthwise = [(arch, *found) for arch in ARCHITECTURES for found in triton_depthwise.configurations()]
-        for arch, kernel, dtype, C in depthwise[index::count]:
-            binary = triton_depthwise.compiled(kernel, dtype, C, ARCHITECTURES[arch])
-            facts = {"channels": C, "dtype": dtype, **instructions(binary.asm["ptx"])}
-            name = f"depthwise_{kernel}<{dtype}, C={C}>"
-            print(json.dumps({"arch": arch, "kernel": name, "costs": costs(binary, Path(scratch), cuobjdump), **facts}), flush=True)
-        channel = [(arch, *found) for arch in ARCHITECTURES for found in triton_channel.configurations()]
-        for arch, kernel, dtype, C in channel[index::count]:
-            binary = triton_channel.compiled(kernel, dtype, C, ARCHITECTURES[arch])
-            facts = {"channelwise": kernel, "dtype": dtype, "aligned": C % 8 == 0, **instructions(binary.asm["ptx"])}
-            name = f"channel_{kernel}<{dtype}, C={C}>"
-            print(json.dumps({"arch": arch, "kernel": name, "costs": costs(binary, Path(scratch), cuobjdump), **facts}), flush=True)
-        pointwise = [(arch, *found) for arch in ARCHITECTURES for found in triton_pointwise.configurations()]
-        for arch, shape, dtype in pointwise[index::count]:
-            binary = triton_pointwise.compiled(shape, dtype, ARCHITECTURES[arch])
-            facts = {
-                "pointwise": shape,
-                "dtype": dtype,
-                "aligned": triton_pointwise.SHAPES[shape][-1] == 8,
-                **instructions(binary.asm["ptx"]),
-            }
-            name = f"pointwise_conv<{dtype}, {shape}>"
-            print(json.dumps({"arch": arch, "kernel": name, "costs": costs(binary, Path(scratch), cuobjdump), **facts}), flush=True)
-        dense = [(arch, *found) for arch in ARCHITECTURES for found in triton_dense.configurations()]
-        for arch, kernel, shape, dtype in dense[index::count]:
-            binary = triton_dense.compiled(kernel, shape, dtype, ARCHITECTURES[arch])
-            facts = {"dense": kernel, "dtype": dtype, "aligned": triton_dense.aligned(shape), **instructions(binary.asm["ptx"])}
-            name = triton_dense.title(kernel, shape, dtype)
-            print(json.dumps({"arch": arch, "kernel": name, "costs": costs(binary, Path(scratch), cuobjdump), **facts}), flush=True)
-        others = [(arch, family, found) for arch in ARCHITECTURES for family in OTHERS for found in family.configurations()]
-        for arch, family, found in others[index::count]:
-            binary = family.compiled(*found, ARCHITECTURES[arch])
-            facts = {family.FAMILY: found[0], "dtype": found[-1], "aligned": family.aligned(*found), **instructions(binary.asm["ptx"])}
-            name = family.title(*found)
-            print(json.dumps({"arch": arch, "kernel": name, "costs": costs(binary, Path(scratch), cuobjdump), **facts}), flush=True)
+        jobs = [(arch, *kernel) for kernel in every_kernel() for arch in ARCHITECTURES]
+        for arch, name, compile_for, facts in jobs[first::step]:
+            binary = compile_for(ARCHITECTURES[arch])
+            row = {"arch": arch, "kernel": name, "costs": costs(binary, Path(scratch), cuobjdump)}
+            print(json.dumps({**row, **facts, **instructions(binary.asm["ptx"])}), flush=True)
 
 
 if __name__ == "__main__":
