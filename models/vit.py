@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyops.nn import MultiheadAttention, Sequential
+from pyops.nn._mlp import HasMlp
 
 from ._registry import images, register
 
@@ -18,7 +19,7 @@ PAPER = "Dosovitskiy et al., 2021"
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
-class EncoderBlock(nn.Module):
+class EncoderBlock(HasMlp, nn.Module):
     """``x = x + attention(norm(x))``, then ``x + mlp(norm(x))``: ``[N, L, hidden_dim] -> [N, L, hidden_dim]``."""
 
     def __init__(self, num_heads: int, hidden_dim: int, mlp_dim: int, dropout: float, attention_dropout: float):
@@ -32,11 +33,13 @@ class EncoderBlock(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.normal_(layer.bias, std=1e-6)
         self.mlp = Sequential(widen, nn.GELU(), nn.Dropout(dropout), narrow, nn.Dropout(dropout))
+        self.backend = None
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.ln_1(input)
         x = input + self.dropout(self.self_attention(x, x, x, need_weights=False)[0])
-        return x + self.mlp(self.ln_2(x))
+        output = self.infer_mlp(x, self.ln_2, x)
+        return x + self.mlp(self.ln_2(x)) if output is None else output
 
 
 class Encoder(nn.Module):

@@ -155,7 +155,7 @@ BLOCKS = {
     "convnext": (conv_next, dict(ConvNeXtBlock=3, LayerNorm2d=3)),
     "swin": (swin, dict(SwinTransformerBlock=4, ShiftedWindowAttention=4, PatchMerging=1, BlockLinear=9)),
     "swin_v2": (swin_v2, dict(SwinTransformerBlockV2=4, ShiftedWindowAttentionV2=4, PatchMergingV2=1, BlockLinear=9)),
-    "vit": (vit, dict(MultiheadAttention=2, Sequential=2)),
+    "vit": (vit, dict(EncoderBlock=2, MultiheadAttention=2, Sequential=2)),
 }
 
 

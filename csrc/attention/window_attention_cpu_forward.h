@@ -40,17 +40,18 @@ struct WindowForward : WindowPass<S> {
   }
 
   void run(const Team& team, Member& me) const {
-    const int64_t units = p.windows() * p.heads * blocks, end = units * (team.rank + 1) / team.size;
-    for (int64_t unit = units * team.rank / team.size, packed = -1; unit < end; ++unit) {
+    const int64_t units = p.windows() * p.heads * blocks;
+    int64_t packed = -1;
+    team.deal(units, [&](int64_t unit) {
       const int64_t block = unit % blocks, pair = unit / blocks, head = pair % p.heads;
       if (pair != packed) {
         me.tokens.find(p, pair / p.heads);
         pack(me, head), packed = pair;
       }
-      const bool ahead = block + 1 == blocks && unit + 1 < end;
+      const bool ahead = block + 1 == blocks && unit + 1 < units;
       if (ahead) me.tokens.next.find(p, (pair + 1) / p.heads);
       attend(me, head, block, ahead ? (pair + 1) % p.heads : -1);
-    }
+    });
   }
 
   void pack(const Member& me, int64_t head) const {

@@ -81,7 +81,7 @@ struct RoutingPass {
         &context);
   }
   void samples(const Team& team, const Member& m) const {
-    const Team alone{0, 1, nullptr};
+    const Team alone{0, 1, nullptr, nullptr};
     const bool shared = plan.shared;
     const int64_t first = shared ? 0 : p.N * team.rank / team.size, last = shared ? p.N : p.N * (team.rank + 1) / team.size;
     int64_t passes = 0;  // so far: whose partial sums may be written over

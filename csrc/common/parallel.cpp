@@ -65,6 +65,7 @@ struct Region {
   void* context;
   alignas(64) int32_t chunk = 0;  // items per worker, published by the worker that got item 0
   Barrier* members = nullptr;
+  Share* shares = nullptr;
 };
 
 // torch gives each worker one contiguous range of the `threads` items. The first worker's range is never the short one,
@@ -74,7 +75,7 @@ void worker(int64_t begin, int64_t end, void* context) {
   if (begin == 0) __atomic_store_n(&region.chunk, static_cast<int32_t>(end), __ATOMIC_RELEASE);
   else spin_until(&region.chunk, 1);
   const int chunk = __atomic_load_n(&region.chunk, __ATOMIC_ACQUIRE);
-  const Team team{static_cast<int>(begin / chunk), (region.threads + chunk - 1) / chunk, region.members};
+  const Team team{static_cast<int>(begin / chunk), (region.threads + chunk - 1) / chunk, region.members, region.shares};
   region.body(team, region.context);
 }
 
@@ -108,13 +109,35 @@ void wait(Barrier* members, int rank, int size) {
   }
 }
 
+int64_t take(Share* members, int rank, int size, int64_t n, uint64_t number) {
+  constexpr int kBits = 22;
+  constexpr uint64_t kMask = kMostPieces - 1;
+  number &= kMask >> 2;  // what is left of the word
+  for (int i = 0; i < size; ++i) {
+    const int owner = (rank + i) % size;
+    uint64_t* const at = &members[owner].word;
+    uint64_t word = __atomic_load_n(at, __ATOMIC_RELAXED);
+    for (;;) {
+      const bool begun = word >> 2 * kBits == number;  // else the word is of an earlier deal, or of a later one: then nothing is left
+      if (!begun && ((word >> 2 * kBits) - number) % (kMask / 4 + 1) < kMask / 8) break;
+      uint64_t first = begun ? word >> kBits & kMask : n * owner / size, end = begun ? word & kMask : n * (owner + 1) / size;
+      if (first >= end) break;
+      const uint64_t piece = i == 0 ? first++ : --end, left = number << 2 * kBits | first << kBits | end;
+      if (__atomic_compare_exchange_n(at, &word, left, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return static_cast<int64_t>(piece);
+    }
+  }
+  return -1;
+}
+
 void run_team(int threads, void (*body)(const Team&, void*), void* context) {
   constexpr int kFew = 16;
-  if (threads <= 1) return body({0, 1, nullptr}, context);
-  Barrier few[kFew];
-  std::unique_ptr<Barrier[]> many(threads > kFew ? new Barrier[threads] : nullptr);
+  Barrier few_barriers[kFew];
+  Share few_shares[kFew];
+  if (threads <= 1) return body({0, 1, few_barriers, few_shares}, context);
+  std::unique_ptr<Barrier[]> barriers(threads > kFew ? new Barrier[threads] : nullptr);
+  std::unique_ptr<Share[]> shares(threads > kFew ? new Share[threads] : nullptr);
   Region region{threads, body, context};
-  region.members = many ? many.get() : few;
+  region.members = barriers ? barriers.get() : few_barriers, region.shares = shares ? shares.get() : few_shares;
   if (torch_parallel_for(0, threads, 1, worker, &region) != 0) throw std::runtime_error("torch_parallel_for failed");
 }
 

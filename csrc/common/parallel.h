@@ -23,10 +23,31 @@ struct alignas(64) Barrier {
 // Returns when all `size` members have come. Spins, and yields the core after a bound.
 void wait(Barrier* members, int rank, int size);
 
+// What is left of a member's share of pieces of work, a cache line for each. Members stand in an array, zeroed before first use.
+struct alignas(64) Share {
+  uint64_t word = 0;  // number of the deal, first piece, end
+};
+constexpr int64_t kMostPieces = int64_t{1} << 22;
+// A piece of deal `number` of n < kMostPieces: the next of the member's own even share, or the last of another's; -1: none is left.
+int64_t take(Share* members, int rank, int size, int64_t n, uint64_t number);
+
 struct Team {
   int rank, size;
   Barrier* members;
+  Share* shares;
+  mutable uint64_t deals = 0;
+
   void sync() const { wait(members, rank, size); }
+
+  // f(i) for 0 <= i < n. Each member takes its share in order and then from those who are late: cores that others use too
+  // differ in speed, two of Sapphire Rapids by a sixth on average. All members call it, with the same n.
+  template <class F>
+  void deal(int64_t n, const F& f) const {
+    const int64_t each = n / kMostPieces + 1, pieces = (n + each - 1) / each;
+    ++deals;
+    for (int64_t piece; (piece = take(shares, rank, size, pieces, deals)) >= 0;)
+      for (int64_t i = piece * each; i < n && i < (piece + 1) * each; ++i) f(i);
+  }
 };
 
 // Runs body(team, context) on up to `threads` threads, the caller being one of them. The pool may grant fewer (nested

@@ -124,7 +124,7 @@ struct DepthwiseForwardPass {
     team.sync();
     const Member me = member(team.rank);
     const int64_t items = plan.blocks ? s.N * plan.bands * plan.groups : 0;
-    for (int64_t i = items * team.rank / team.size; i < items * (team.rank + 1) / team.size; ++i) item(me, i);
+    team.deal(items, [&](int64_t i) { item(me, i); });
     if (!p.means) return;
     team.sync();
     for (int64_t n = team.rank; n < s.N; n += team.size) mean(n);

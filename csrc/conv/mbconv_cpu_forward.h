@@ -3,9 +3,9 @@
 // A crew of members shares an image; images that every member gets one of go by crews of one, the rest by larger crews.
 // 1. Produce. For every group of up to four blocks of 16 channels: rows of x are expanded, a few at a time, into a ring of padded rows
 //    [slot][block][width][16] in L2, and every row of y is convolved out of it while it is there. y, [pixel][E], is stored once, its
-//    means are summed on the way. Members split the blocks, or rows where blocks are few (split_mbconv).
+//    means are summed on the way. Members take groups as they are free; where those are few they split blocks and rows (split_mbconv).
 // 2. Gates, folded into the smaller of y and a copy of the project weights.
-// 3. Project: tiles of up to 64 pixels x 64 channels, members split the pixels, or the channels where weights outweigh y.
+// 3. Project: tiles of up to 64 pixels x 64 channels, members take pixels, or channels where weights outweigh y, as they are free.
 // Small feature maps take several images through 1 to 3 at once, so that weights, which then outweigh y, come from L3 less often.
 // Floors: flops 2*N*(H*W*C*E + OH*OW*E*(K*K + O)) and one activation for every element of E, twice, about 12 cycles for 16.
 #pragma once
@@ -101,12 +101,9 @@ struct MBConvPass {
   }
 
   // A team within the team, at work on `count` images from n0.
-  struct Crew {
-    int rank, size;
-    cpu::Barrier* barriers;
+  struct Crew : Team {
     Member own, lead;
     int64_t n0, count;
-    void sync() const { cpu::wait(barriers, rank, size); }
     int64_t share(int64_t of, int member) const { return of * member / size; }
   };
 
@@ -233,8 +230,11 @@ struct MBConvPass {
     MBConvSplit split;
     Part part[2];
   };
+  // Where there are many groups of blocks, members produce them as they are free.
+  bool deals(const Crew& crew) const { return crew.size > 1 && at.blocks >= 3 * group * crew.size; }
   Parts parts(const Crew& crew) const {
-    const MBConvSplit split = crew.size == 1 ? MBConvSplit{at.blocks, 1, 1} : split_mbconv(at.blocks, OH, p.stride, s.K, crew.size);
+    const bool whole = crew.size == 1 || deals(crew);
+    const MBConvSplit split = whole ? MBConvSplit{at.blocks, 1, 1} : split_mbconv(at.blocks, OH, p.stride, s.K, crew.size);
     const int unit = crew.rank % split.units, band = crew.rank / split.units;
     const int64_t rest = at.blocks - split.whole;
     Parts parts{split, {{crew.share(split.whole, crew.rank), crew.share(split.whole, crew.rank + 1), 0, OH, 0}, {}}};
@@ -244,6 +244,14 @@ struct MBConvPass {
     return parts;
   }
 
+  void produce(const Crew& crew, const Parts& parts) const {
+    if (!deals(crew)) {
+      for (const Part& part : parts.part) produce(crew, part);
+      return;
+    }
+    const int64_t groups = (at.blocks + group - 1) / group;
+    crew.deal(groups, [&](int64_t g) { produce(crew, Part{at.blocks * g / groups, at.blocks * (g + 1) / groups, 0, OH, 0}); });
+  }
   void produce(const Crew& crew, const Part& part) const {
     const int64_t blocks = part.block1 - part.block0, groups = (blocks + group - 1) / group;
     for (int64_t g = 0; g < groups; ++g)
@@ -338,16 +346,22 @@ struct MBConvPass {
     const int64_t rows = crew.count * pixels, blocks = at.out_blocks;
     const bool by_blocks = crew.size > 1 && blocks * at.project_lanes * kBlock * 4 > rows * ldy * static_cast<int64_t>(sizeof(E)) &&
                            (blocks % crew.size == 0 || blocks >= 8 * crew.size);
-    const int64_t row0 = by_blocks ? 0 : crew.share(rows, crew.rank), row1 = by_blocks ? rows : crew.share(rows, crew.rank + 1);
-    const int64_t block0 = by_blocks ? crew.share(blocks, crew.rank) : 0, block1 = by_blocks ? crew.share(blocks, crew.rank + 1) : blocks;
-    const int64_t panels = (block1 - block0 + kMaxBlocks - 1) / kMaxBlocks;
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const int64_t b0 = block0 + (block1 - block0) * panel / panels, b1 = block0 + (block1 - block0) * (panel + 1) / panels;
+    const auto panel = [&](int64_t i, int64_t panels, int64_t row0, int64_t row1) {
+      const int64_t b0 = blocks * i / panels, b1 = blocks * (i + 1) / panels;
       for (int64_t r = row0, n; r < row1; r += n) {
         n = block_rows(row1 - r, kTile);
         project_tile(crew, b0, static_cast<int>(b1 - b0), r, n);
       }
+    };
+    const int64_t fewest = (blocks + kMaxBlocks - 1) / kMaxBlocks;
+    if (by_blocks) {
+      const int64_t panels = (fewest + crew.size - 1) / crew.size * crew.size;
+      return crew.deal(panels, [&](int64_t i) { panel(i, panels, 0, rows); });
     }
+    const int64_t tiles = ((rows + kTile - 1) / kTile + crew.size - 1) / crew.size * crew.size;
+    crew.deal(tiles, [&](int64_t tile) {
+      for (int64_t i = 0; i < fewest; ++i) panel(i, fewest, rows * tile / tiles, rows * (tile + 1) / tiles);
+    });
   }
 
   void project_tile(const Crew& crew, int64_t block0, int blocks, int64_t row0, int64_t rows) const {
@@ -378,7 +392,7 @@ struct MBConvPass {
   void run(const Crew& crew) const {
     if (staged) stage(crew), crew.sync();
     const Parts parts = this->parts(crew);
-    for (const Part& part : parts.part) produce(crew, part);
+    produce(crew, parts);
     crew.sync();
     if (s.S) {
       for (int64_t i = 0; i < crew.count; ++i) {
@@ -401,11 +415,16 @@ struct MBConvPass {
     if (rest) {
       const int size = team.size / static_cast<int>(rest), index = team.rank / size, first = index * size;
       if (index < rest)
-        run(Crew{team.rank - first, size, team.members + first, member(team.rank), member(first), share * team.size + index, 1});
+        run(Crew{{team.rank - first, size, team.members + first, team.shares + first},
+                 member(team.rank),
+                 member(first),
+                 share * team.size + index,
+                 1});
     }
     const Member own = member(team.rank);
+    cpu::Share alone;
     for (int64_t n = team.rank * share, end = n + share; n < end; n += batch)
-      run(Crew{0, 1, nullptr, own, own, n, end - n < batch ? end - n : batch});
+      run(Crew{{0, 1, nullptr, &alone}, own, own, n, end - n < batch ? end - n : batch});
   }
 };
 

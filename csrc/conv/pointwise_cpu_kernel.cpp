@@ -232,8 +232,7 @@ struct PointwisePass {
     pack(team);
     team.sync();
     const Member me = member(team.rank);
-    for (int64_t i = plan.chunks * plan.parts * team.rank / team.size; i < plan.chunks * plan.parts * (team.rank + 1) / team.size; ++i)
-      item(me, i);
+    team.deal(plan.chunks * plan.parts, [&](int64_t i) { item(me, i); });
     if (!p.moments) return;
     team.sync();
     for (int64_t c = p.O * team.rank / team.size; c < p.O * (team.rank + 1) / team.size; ++c) merge(c);

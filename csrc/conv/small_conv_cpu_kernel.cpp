@@ -165,12 +165,9 @@ struct SmallPass {
   }
 
   void work(const Team& team) const {
-    const auto share = [&](int64_t count, const auto& f) {
-      for (int64_t i = count * team.rank / team.size; i < count * (team.rank + 1) / team.size; ++i) f(i);
-    };
-    share(p.N * height, [&](int64_t at) { pad(at); });
+    team.deal(p.N * height, [&](int64_t at) { pad(at); });
     team.sync();
-    share(p.N * out_rows, [&](int64_t at) { produce(at); });
+    team.deal(p.N * out_rows, [&](int64_t at) { produce(at); });
   }
 
   void run() {

@@ -15,13 +15,14 @@ struct WinogradFilter {
 void winograd_pack(const WinogradFilter& p);
 void winograd_cpu(const Winograd& p);
 
-// How the work is cut. Members take shares of the tiles and do everything to them; where tiles are few, all transform tiles together and
-// take shares of the output's channels, so that each reads a share of the filters alone.
+// How the work is cut. Members take chunks of tiles as they are free and do everything to them; where tiles are few, all transform
+// tiles together and take panels of the output's channels, so that each reads a share of the filters alone.
 struct WinogradPlan {
   int threads;
   bool together;
   int64_t tiles_h, tiles_w, tiles;  // of an image in each direction; of all images
-  int64_t chunk;                    // tiles that are transformed, multiplied and transformed back at a time
+  int64_t chunks, chunk;            // of tiles that are transformed, multiplied and transformed back at a time; those of the largest
+  int64_t panels;                   // of blocks of 16 output channels
 };
 WinogradPlan plan_winograd(const Winograd& p);
 

@@ -206,21 +206,26 @@ struct WinogradPass {
     pack_bias(team, DType::f32, p.bias, p.O, bias);
     team.sync();
     const Member me = member(team.rank);
-    const int rank = plan.together ? team.rank : 0, size = plan.together ? team.size : 1;
-    const int64_t begin = plan.together ? 0 : plan.tiles * team.rank / team.size;
-    const int64_t end = plan.together ? plan.tiles : plan.tiles * (team.rank + 1) / team.size;
-    const int64_t block0 = blocks * rank / size, block1 = blocks * (rank + 1) / size;
-    const int64_t panels = (block1 - block0 + kMaxBlocks - 1) / kMaxBlocks;
-    for (int64_t t0 = begin; t0 < end; t0 += plan.chunk) {
-      const int64_t count = end - t0 < plan.chunk ? end - t0 : plan.chunk;
-      transform(me, t0, count * rank / size, count * (rank + 1) / size);
-      if (plan.together) team.sync();
-      for (int64_t i = 0; i < panels; ++i) {
-        const int64_t b0 = block0 + (block1 - block0) * i / panels, b1 = block0 + (block1 - block0) * (i + 1) / panels;
-        multiply(me, count, b0, static_cast<int>(b1 - b0));
-        finish(me, t0, count, b0, static_cast<int>(b1 - b0));
-      }
-      if (plan.together) team.sync();  // v is written anew
+    const auto chunk = [&](int64_t i) { return plan.tiles * i / plan.chunks; };
+    const auto all_of = [&](int64_t t0, int64_t count, int64_t i) {
+      const int64_t b0 = blocks * i / plan.panels, b1 = blocks * (i + 1) / plan.panels;
+      multiply(me, count, b0, static_cast<int>(b1 - b0));
+      finish(me, t0, count, b0, static_cast<int>(b1 - b0));
+    };
+    if (!plan.together) {
+      team.deal(plan.chunks, [&](int64_t i) {
+        const int64_t t0 = chunk(i), count = chunk(i + 1) - t0;
+        transform(me, t0, 0, count);
+        for (int64_t panel = 0; panel < plan.panels; ++panel) all_of(t0, count, panel);
+      });
+      return;
+    }
+    for (int64_t i = 0; i < plan.chunks; ++i) {
+      const int64_t t0 = chunk(i), count = chunk(i + 1) - t0;
+      transform(me, t0, count * team.rank / team.size, count * (team.rank + 1) / team.size);
+      team.sync();
+      team.deal(plan.panels, [&](int64_t panel) { all_of(t0, count, panel); });
+      team.sync();  // v is written anew
     }
   }
 };

@@ -1,10 +1,10 @@
 // The fused MLP on the CPU (mlp.h says what it computes), compiled once per instruction set.
 //
-// Small weights: a member takes an even share of the rows, up to 48 at a time: they are normalised into L2, then for every 64 hidden
+// Small weights: members take up to 48 rows as they are free: they are normalised into L2, then for every 64 hidden
 // columns the first product goes to an L1 buffer, is activated there, and is multiplied into the rows' outputs [48][O] in L2, which are
 // stored once. Weights are read once for every 48 rows, from L2.
-// Large weights, which would come from L3 or memory: all members take the same rows, up to 240, and each its columns of the hidden rows,
-// then of the outputs. Weights are read once for all of those rows, by whoever multiplies them.
+// Large weights, which would come from L3 or memory: all members take the same rows, up to 240, and as they are free columns of the
+// hidden rows, then of the outputs. Weights are read once for all of those rows, by whoever multiplies them.
 #include "../conv/depthwise_cpu_pass.h"
 #include "../conv/mbconv_cpu_gemm.h"
 #include "mlp_cpu.h"
@@ -14,15 +14,17 @@ namespace {
 using namespace cpu::PYOPS_ISA;
 using conv::PYOPS_ISA::gemm_tile;
 using conv::PYOPS_ISA::get;
+using conv::PYOPS_ISA::interleave_rows;
 using conv::PYOPS_ISA::kBlock;
+using conv::PYOPS_ISA::kInterleavedBlocks;
 using conv::PYOPS_ISA::kMaxBlocks;
 using conv::PYOPS_ISA::put;
 using conv::PYOPS_ISA::tile_rows;
 using cpu::Layout;
 using cpu::Team;
 
-constexpr int64_t kTile = 48;        // rows of a member
-constexpr int kRows = 6;             // of an interleaved tile
+constexpr int64_t kTile = 48;  // rows of a member
+constexpr int kRows = conv::PYOPS_ISA::kInterleavedRows;
 constexpr int64_t kTogether = 240;   // rows of all members
 constexpr int64_t kLarge = 1 << 18;  // floats of weights that no longer stay in a core's cache: 1 MiB
 constexpr int64_t kSlice = 96;       // lanes summed apart: four blocks of weights take 24 KiB and stay in L1
@@ -105,12 +107,9 @@ struct MlpPass {
   }
   // [lanes][n] from n rows `ld` apart.
   static void interleave(const E* from, int64_t ld, int64_t n, int64_t lanes, E* to) {
-    const auto copy = [&](auto rows) {
-      for (int64_t k = 0; k < lanes; ++k)
-        for (int r = 0; r < rows; ++r) __builtin_memcpy(to + (k * rows + r) * kPair<E>, from + r * ld + k * kPair<E>, sizeof(float));
-    };
-    if (n == kRows) return copy(std::integral_constant<int, kRows>{});
-    copy(static_cast<int>(n));
+    const float* tile[kRows];
+    for (int64_t r = 0; r < n; ++r) tile[r] = reinterpret_cast<const float*>(from + r * ld);
+    interleave_rows(tile, static_cast<int>(n), lanes, reinterpret_cast<float*>(to));
   }
   // sums[r] = a[r] * w for interleaved rows of so many lanes, [count][kColumns].
   void multiply_interleaved(const E* a, int64_t count, const float* w, int blocks, int64_t lanes, float* sums) const {
@@ -185,14 +184,11 @@ struct MlpPass {
     finish(me.out, ldo, m0, count, 0, s.O);
   }
 
-  // The same by all members, each its share of either product's columns.
+  // The same by all members, who take columns of either product as they are free.
   void tile_together(const Team& team, const Member& me, int64_t m0, int64_t count) const {
-    const auto share = [&](int64_t of, const auto& f) {
-      const int64_t begin = of * team.rank / team.size, end = of * (team.rank + 1) / team.size, groups = (end - begin + 3) / kMaxBlocks;
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t first = begin + (end - begin) * g / groups, next = begin + (end - begin) * (g + 1) / groups;
-        f(first, static_cast<int>(next - first));
-      }
+    const auto deal = [&](int64_t blocks, const auto& f) {
+      const int64_t groups = (blocks + kInterleavedBlocks - 1) / kInterleavedBlocks;
+      team.deal(groups, [&](int64_t g) { f(blocks * g / groups, static_cast<int>(blocks * (g + 1) / groups - blocks * g / groups)); });
     };
     int64_t tiles = 0, tile = 0;
     each_tile(count, [&](int64_t, int64_t) { ++tiles; });
@@ -202,7 +198,7 @@ struct MlpPass {
       interleave(me.x, ldx, n, at.lanes, rows + i * at.lanes * kPair<E>);
     });
     team.sync();
-    share(at.hidden_blocks, [&](int64_t b0, int blocks) {
+    deal(at.hidden_blocks, [&](int64_t b0, int blocks) {
       multiply_interleaved(rows, count, p.packed + at.first + b0 * at.lanes * kBlock, blocks, at.lanes, me.sums);
       const int64_t columns = blocks * kBlock, lanes = columns / kPair<E>, lane0 = b0 * kBlock / kPair<E>;
       each_tile(count, [&](int64_t i, int64_t n) {
@@ -211,7 +207,7 @@ struct MlpPass {
       });
     });
     team.sync();
-    share(at.out_blocks, [&](int64_t b0, int blocks) {
+    deal(at.out_blocks, [&](int64_t b0, int blocks) {
       multiply_interleaved(hidden, count, p.packed + at.second + b0 * at.hidden_lanes * kBlock, blocks, at.hidden_lanes, me.sums);
       const int64_t o0 = b0 * kBlock, o1 = o0 + blocks * kBlock;
       finish(me.sums, kColumns, m0, count, o0, o1 < s.O ? o1 : s.O);
@@ -226,11 +222,9 @@ struct MlpPass {
       for (int64_t m = 0, n; m < p.M; m += n) n = block_rows(p.M - m, kTogether), tile_together(team, me, m, n);
       return;
     }
-    const int64_t begin = p.M * team.rank / team.size, end = p.M * (team.rank + 1) / team.size;
-    for (int64_t m = begin, n; m < end; m += n) {
-      n = block_rows(end - m, kTile);
-      tile(me, m, n);
-    }
+    const int64_t fewest = (p.M + kTile - 1) / kTile, wanted = p.M / 16 < 4 * team.size ? p.M / 16 : 4 * team.size;
+    const int64_t pieces = team.size == 1 || fewest > wanted ? fewest : wanted;
+    team.deal(pieces, [&](int64_t i) { tile(me, p.M * i / pieces, p.M * (i + 1) / pieces - p.M * i / pieces); });
   }
 };
 

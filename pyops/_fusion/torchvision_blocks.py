@@ -16,6 +16,7 @@ from pyops._fusion import rules
 from pyops._fusion.rules import Change, alias, rule
 from pyops._fusion.torch_layers import sequential
 from pyops.nn._derived import has_hooks, kind_of
+from pyops.nn._mlp import HasMlp
 from pyops.nn.conv import FrozenBatchNorm, parts_of
 from pyops.nn.convnext import Permute
 from pyops.nn.linear import BlockLinear
@@ -69,6 +70,17 @@ class ShiftedWindowAttention(_WindowAttention, nn.ShiftedWindowAttention):
 
 class ShiftedWindowAttentionV2(_WindowAttention, nn.ShiftedWindowAttentionV2):
     pass
+
+
+class EncoderBlock(HasMlp, torch.nn.Module):
+    """ViT's."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
+        x = self.ln_1(input)
+        x = input + self.dropout(self.self_attention(x, x, x, need_weights=False)[0])
+        output = self.infer_mlp(x, self.ln_2, x)
+        return x + self.mlp(self.ln_2(x)) if output is None else output
 
 
 # -- layers --------------------------------------------------------------------------------------------------------------------------------
@@ -188,6 +200,11 @@ def window_attention(module: Any) -> Change:
 @rule("torchvision.models.swin_transformer.SwinTransformerBlockV2", "1e9211805ee7df07")
 def swin_block(module: torch.nn.Module) -> Change:
     return Change(getattr(nn, type(module).__name__), BACKEND, whole=False)
+
+
+@rule("torchvision.models.vision_transformer.EncoderBlock", "a1be0c81a861986b")
+def encoder_block(module: torch.nn.Module) -> Change:
+    return Change(EncoderBlock, BACKEND, whole=False)
 
 
 @rule("torchvision.models.swin_transformer.PatchMerging", "9cc732967a47fb92")

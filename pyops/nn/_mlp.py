@@ -1,4 +1,5 @@
-"""Inference of two linear layers with GELU between as one kernel, LayerNorm and residual in it: what ConvNeXt's and Swin's blocks share."""
+"""Inference of two linear layers with GELU between as one kernel, LayerNorm and residual in it: what blocks of ConvNeXt, Swin and ViT
+share."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyops import _backends
+from pyops.nn._derived import Keeps, has_hooks, kind_of
+from pyops.nn.conv import can_fold, name_of
 from pyops.ops import _activations, _conv_call, _mlp_ops
 
 GELU = _activations.NAMES.index("gelu")
@@ -49,3 +52,40 @@ def run(name: str, rows: Tensor, weights: Any, hidden: int, eps: float | None, r
     if name == "triton":
         return torch.ops.pyops.mlp_run.triton(rows, *weights, residual, *options)
     return torch.ops.pyops.mlp_infer.default(rows, weights, residual, hidden, rows.shape[1], *options)
+
+
+class HasMlp(Keeps):
+    """Of blocks with an ``mlp`` of two linear layers, GELU and dropout as torchvision orders them, and a ``backend``."""
+
+    mlp: Any
+    backend: str | None
+
+    def infer_mlp(self, x: Tensor, norm: Any = None, residual: Tensor | None = None) -> Tensor | None:
+        """The MLP, after a norm and with a residual if they are given, by one kernel; None where there is none for the call."""
+        mlp = self.mlp
+        name = backend_for(self.backend, x, x.shape[-1]) if can_fold(next(mlp.parameters(), x), x) else None
+        if name is None:
+            return None
+        C = x.shape[-1]
+        weights = self._kept.get(self, lambda: self._prepare(name, C, norm), (name, x.dtype, C))
+        if weights is None:
+            return None
+        beside = None if residual is None else residual.reshape(-1, C)
+        return run(name, x.reshape(-1, C), weights, mlp[0].out_features, None if norm is None else norm.eps, beside).view(x.shape)
+
+    def _prepare(self, name: str, C: int, norm: Any) -> Any:
+        """The kernel's weights, or None where it cannot stand for the layers."""
+        mlp = self.mlp
+        kinds = (nn.Linear, nn.GELU, nn.Dropout, nn.Linear, nn.Dropout)
+        if not isinstance(mlp, nn.Sequential) or tuple(kind_of(part) for part in mlp) != kinds:
+            return None
+        if any(has_hooks(part) for part in mlp.modules()):
+            return None
+        widen, narrow = mlp[0], mlp[3]
+        ends = (widen.in_features, narrow.in_features, narrow.out_features) == (C, widen.out_features, C)
+        known = widen.bias is not None and narrow.bias is not None and name_of(mlp[1]) == "gelu"
+        if not ends or not known or mlp[2].training or mlp[4].training:
+            return None
+        if norm is not None and (type(norm) is not nn.LayerNorm or norm.normalized_shape != (C,) or has_hooks(norm)):
+            return None
+        return prepare(name, norm, widen, narrow)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyops.nn import _mlp
 from pyops.nn._derived import Keeps, has_hooks, is_plain, kind_of
-from pyops.nn.conv import DropPath, can_fold, name_of
+from pyops.nn.conv import DropPath, can_fold
 from pyops.nn.linear import BlockLinear
 from pyops.ops import _window_attention_ops
 from pyops.ops.window_attention import window_attention
@@ -155,7 +155,7 @@ class ShiftedWindowAttentionV2(Keeps, ShiftedWindowAttention):
         return self._table(), torch.cat([q, torch.zeros_like(k), v])
 
 
-class SwinTransformerBlock(Keeps, nn.Module):
+class SwinTransformerBlock(_mlp.HasMlp, nn.Module):
     """``x = x + drop(attn(norm1(x)))``, then ``x + drop(mlp(norm2(x)))``: torchvision's class, parameter names and results.
 
     ``[B, H, W, dim] -> [B, H, W, dim]``. The MLP widens to ``mlp_ratio * dim`` with GELU between. Without gradients on a CPU norm2, MLP
@@ -196,38 +196,8 @@ class SwinTransformerBlock(Keeps, nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         x = input + self.stochastic_depth(self.attn(self.norm1(input)))
-        output = self._infer_mlp(x, self.norm2, x) if _is_still(self.stochastic_depth) else None
+        output = self.infer_mlp(x, self.norm2, x) if _is_still(self.stochastic_depth) else None
         return x + self.stochastic_depth(self.mlp(self.norm2(x))) if output is None else output
-
-    def _infer_mlp(self, x: Tensor, norm: Any = None, residual: Tensor | None = None) -> Tensor | None:
-        """The MLP, after a norm and with a residual if they are given, by one kernel; None where there is none for the call."""
-        mlp: Any = self.mlp
-        name = _mlp.backend_for(self.backend, x, x.shape[-1]) if can_fold(next(mlp.parameters(), x), x) else None
-        if name is None:
-            return None
-        C = x.shape[-1]
-        weights = self._kept.get(self, lambda: self._prepare(name, C, norm), (name, x.dtype, C))
-        if weights is None:
-            return None
-        beside = None if residual is None else residual.reshape(-1, C)
-        return _mlp.run(name, x.reshape(-1, C), weights, mlp[0].out_features, None if norm is None else norm.eps, beside).view(x.shape)
-
-    def _prepare(self, name: str, C: int, norm: Any) -> Any:
-        """The kernel's weights, or None where it cannot stand for the layers."""
-        mlp: Any = self.mlp
-        kinds = (nn.Linear, nn.GELU, nn.Dropout, nn.Linear, nn.Dropout)
-        if not isinstance(mlp, nn.Sequential) or tuple(kind_of(part) for part in mlp) != kinds:
-            return None
-        if any(has_hooks(part) for part in mlp.modules()):
-            return None
-        widen, narrow = mlp[0], mlp[3]
-        ends = (widen.in_features, narrow.in_features, narrow.out_features) == (C, widen.out_features, C)
-        known = widen.bias is not None and narrow.bias is not None and name_of(mlp[1]) == "gelu"
-        if not ends or not known or mlp[2].training or mlp[4].training:
-            return None
-        if norm is not None and (type(norm) is not nn.LayerNorm or norm.normalized_shape != (C,) or has_hooks(norm)):
-            return None
-        return _mlp.prepare(name, norm, widen, narrow)
 
 
 class SwinTransformerBlockV2(SwinTransformerBlock):
@@ -255,7 +225,7 @@ class SwinTransformerBlockV2(SwinTransformerBlock):
 
     def forward(self, input: Tensor) -> Tensor:
         x = input + self.stochastic_depth(self.norm1(self.attn(input)))
-        output = self._infer_mlp(x)
+        output = self.infer_mlp(x)
         return x + self.stochastic_depth(self.norm2(self.mlp(x) if output is None else output))
 
 
