@@ -63,6 +63,8 @@ BLOCKS = {
     "nearest": (lambda *a, **k: UpsampleConvBNAct(12, 18, **k), (), 6),
     "bilinear": (lambda *a, **k: UpsampleConvBNAct(12, 18, mode="bilinear", activation="gelu", **k), (), 6),
     "bilinear_pool": (lambda *a, **k: UpsampleConvBNAct(5, 7, 5, mode="bilinear", pool=nn.MaxPool2d(3, 2), **k), (), 5),
+    "many_blocks": (MBConv, (72, 72, 3, 1, 6), 14),  # groups of hidden channels that two threads take as they are free
+    "many_outputs": (MBConv, (80, 192, 5, 2, 6), 9),
     "grouped": (lambda *a, **k: ConvBNAct(20, 40, 3, 2, groups=4, activation="gelu", **k), (), 9),
 }
 every_block = pytest.mark.parametrize("name", list(BLOCKS))
