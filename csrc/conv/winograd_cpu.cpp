@@ -19,15 +19,16 @@ WinogradPlan plan_winograd(const Winograd& p) {
   plan.threads = static_cast<int>(std::clamp<int64_t>(work, 1, cpu::max_threads()));
   plan.together = plan.threads > 1 && plan.tiles < kFew * plan.threads;
   const int64_t per_tile = points * static_cast<int64_t>(sizeof(float)) * (p.C + 16 + 64);
-  const int64_t most = std::clamp<int64_t>(kBuffers / per_tile / 6 * 6, 12, 96), pieces = plan.threads > 1 ? kPieces * plan.threads : 1;
-  plan.chunks = (plan.tiles + most - 1) / most;
-  if (!plan.together) {  // as many for each member
-    const int64_t each = std::max((plan.chunks + plan.threads - 1) / plan.threads, std::min(kPieces, plan.tiles / (kFew * plan.threads)));
-    plan.chunks = each * plan.threads;
-  }
+  // Pieces of at most `most`, as many for each member, and up to kPieces of them where they keep `enough` each.
+  const auto cut = [&](int64_t count, int64_t most, int64_t enough) {
+    if (plan.threads == 1) return (count + most - 1) / most;
+    const int64_t needed = (count + most * plan.threads - 1) / (most * plan.threads);
+    return std::min(count, std::max(needed, std::min(kPieces, count / (enough * plan.threads))) * plan.threads);
+  };
+  const int64_t most = std::clamp<int64_t>(kBuffers / per_tile / 6 * 6, 12, 96), blocks = (p.O + 15) / 16;
+  plan.chunks = plan.together ? (plan.tiles + most - 1) / most : cut(plan.tiles, most, kFew);
+  plan.panels = plan.together ? cut(blocks, 4, 3) : (blocks + 3) / 4;
   plan.chunk = (plan.tiles + plan.chunks - 1) / plan.chunks;
-  const int64_t blocks = (p.O + 15) / 16, panels = (blocks + 3) / 4;
-  plan.panels = plan.together ? std::max(panels, std::min(pieces, blocks / 2)) : panels;
   return plan;
 }
 
