@@ -79,7 +79,7 @@ def build(name, seed=0, **options):
 
 
 @every_block
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inference(name, batch, dtype):
     draws = []

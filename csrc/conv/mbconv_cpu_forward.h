@@ -422,9 +422,10 @@ struct MBConvPass {
                  1});
     }
     const Member own = member(team.rank);
-    cpu::Share alone;
-    for (int64_t n = team.rank * share, end = n + share; n < end; n += batch)
+    for (int64_t n = team.rank * share, end = n + share; n < end; n += batch) {
+      cpu::Share alone;  // each crew counts its deals from the first
       run(Crew{{0, 1, nullptr, &alone}, own, own, n, end - n < batch ? end - n : batch});
+    }
   }
 };
 
