@@ -63,6 +63,9 @@ def is_the_tables_compiler() -> bool:
     return ".".join(triton.__version__.split(".")[:2]) == budgets.compilers()["triton"]
 
 
+pytestmark = pytest.mark.timeout(2400)  # the fixture does the work of all tests; a busy machine takes long
+
+
 @pytest.fixture(scope="module")
 def rows(pytestconfig):
     if cuobjdump() is None:

@@ -29,6 +29,9 @@ FAMILIES |= {family.FAMILY: family for family in (triton_pool, triton_channel_no
 IDS = [id for family in FAMILIES.values() for id in family.IDS]
 
 
+pytestmark = pytest.mark.timeout(2400)  # the fixture does the work of all tests; a busy machine takes long
+
+
 @pytest.fixture(scope="module")
 def verdicts() -> dict[str, str | None]:
     pytest.importorskip("triton", reason="Triton is not installed")

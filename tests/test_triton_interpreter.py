@@ -62,6 +62,9 @@ IDS = (
 )
 
 
+pytestmark = pytest.mark.timeout(2400)  # the fixture does the work of all tests; a busy machine takes long
+
+
 @pytest.fixture(scope="module")
 def verdicts() -> dict[str, str | None]:
     pytest.importorskip("triton", reason="Triton is not installed")
