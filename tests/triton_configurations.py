@@ -145,11 +145,15 @@ def every_kernel():
             yield family.title(*found), partial(family.compiled, *found), facts
 
 
+def jobs() -> list[tuple]:
+    """`every_kernel` for each architecture, which comes first."""
+    return [(arch, *kernel) for kernel in every_kernel() for arch in ARCHITECTURES]
+
+
 def main(first: int, step: int, cuobjdump: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["TRITON_CACHE_DIR"] = str(Path(scratch) / "cache")
-        jobs = [(arch, *kernel) for kernel in every_kernel() for arch in ARCHITECTURES]
-        for arch, name, compile_for, facts in jobs[first::step]:
+        for arch, name, compile_for, facts in jobs()[first::step]:
             binary = compile_for(ARCHITECTURES[arch])
             row = {"arch": arch, "kernel": name, "costs": costs(binary, Path(scratch), cuobjdump)}
             print(json.dumps({**row, **facts, **instructions(binary.asm["ptx"])}), flush=True)
