@@ -2,7 +2,7 @@
 held against pyops/kernel_budgets.json. A program holds W_hh on chip for the whole sequence, so a spill or a shared memory overrun is
 what limits `supports`. After a deliberate change, write a new table with `python -m tests.test_kernel_budgets`.
 
-All of them are a thousand kernels, a second each: the tests compile every third, which takes each configuration's kernels by turns
+All of them are eight hundred kernels, a second each: the tests compile every third, which takes each configuration's kernels by turns
 through architectures and directions. `--all-kernels` compiles all.
 """
 
